@@ -1,0 +1,228 @@
+"""Finds lm-eval tasks: by name among lm-eval's own or in an include path; their splits, metrics and items.
+
+The only module that constructs lm-eval's task objects. `docs` and `hashes` are in data-set order, which is the order
+of lm-eval's own doc ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import EvaluationError, RecipeError, nearest
+from shoal.evals.quiet import quiet_libraries
+
+SPLIT_ROLES = ("test", "validation", "training")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of a task: lm-eval's name of it and of the filter, and which direction is better."""
+
+    name: str
+    filter: str
+    higher_is_better: bool
+
+    @property
+    def key(self) -> str:
+        return f"{self.name},{self.filter}"
+
+
+class Catalogue:
+    """The tasks that can be named: those under `include_path` first, then lm-eval's own.
+
+    lm-eval's own index takes seconds to build (about 15,000 files), so it is built only for a name that the include
+    path does not have.
+    """
+
+    def __init__(self, include_path: Path | None = None) -> None:
+        if include_path is not None and not include_path.is_dir():
+            raise RecipeError(f"evaluation.include_path: no such folder: {include_path}")
+        self.include_path = include_path
+
+    @cached_property
+    def _own(self) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_path=str(self.include_path), include_defaults=False)
+
+    @cached_property
+    def _all(self) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_path=str(self.include_path) if self.include_path else None)
+
+    def load(self, name: str) -> TaskSource:
+        """The task of this name, with its data set loaded.
+
+        Raises:
+            RecipeError: no such task, or a group or tag of tasks.
+            EvaluationError: its data set cannot be loaded.
+        """
+        manager = self._own if self.include_path and name in self._own.all_tasks else self._all
+        if name not in manager.all_tasks:
+            raise RecipeError(
+                f"task {name!r}: lm-eval knows no such task; {nearest(name, manager.all_tasks)}"
+            )
+        if name not in manager.all_subtasks:
+            raise RecipeError(
+                f"task {name!r} is a group or tag of lm-eval; name the single tasks: {_members(manager, name)}"
+            )
+        try:
+            with quiet_libraries():
+                task = manager.load([name])["tasks"][name]
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+            raise EvaluationError(
+                f"task {name!r}: its data set cannot be loaded ({reason}); check the network, or load it once while"
+                " online and set HF_HUB_OFFLINE=1, or name a local copy of the task by evaluation.include_path"
+            ) from error
+        return TaskSource(name, task)
+
+
+def _members(manager: Any, name: str) -> str:
+    entry = manager.task_index[name]
+    listed = sorted(getattr(entry, "tags", None) or [])
+    if not listed and getattr(entry, "cfg", None):
+        listed = [
+            item if isinstance(item, str) else str(item.get("task")) for item in entry.cfg.get("task", [])
+        ]
+    return (
+        ", ".join(listed[:8]) + (", ..." if len(listed) > 8 else "") if listed else "see `lm_eval ls tasks`"
+    )
+
+
+class TaskSource:
+    """One lm-eval task object. `task` is lm-eval's own; everything else here only asks it."""
+
+    def __init__(self, name: str, task: Any) -> None:
+        self.name = name
+        self.task = task
+
+    @property
+    def output_type(self) -> str:
+        return str(self.task.OUTPUT_TYPE)
+
+    @property
+    def version(self) -> str:
+        return str(self.task.VERSION)
+
+    @cached_property
+    def splits(self) -> dict[str, str]:
+        """`training`, `validation`, `test` -> the data set's name of that split, as far as the task has them."""
+        task = self.task
+        present = {
+            "training": task.has_training_docs(),
+            "validation": task.has_validation_docs(),
+            "test": task.has_test_docs(),
+        }
+        named = {role: getattr(task.config, f"{role}_split", None) or role for role in present}
+        return {role: str(named[role]) for role in present if present[role]}
+
+    @property
+    def eval_split(self) -> str:
+        """The split that lm-eval itself would score: test, or validation where there is no test."""
+        return self.splits["test"] if "test" in self.splits else self.splits["validation"]
+
+    @property
+    def split_names(self) -> list[str]:
+        """Every split that can be named: the task's own first, then others of its data set."""
+        own = list(dict.fromkeys(self.splits.values()))
+        data: Any = getattr(self.task, "dataset", None)
+        others = list(data.keys()) if hasattr(data, "keys") else []
+        return own + [name for name in others if name not in own]
+
+    def metrics(self) -> list[Metric]:
+        """All metrics of the task, its main one first."""
+        better = self.task.higher_is_better()
+        names = list(getattr(self.task, "_metric_fn_list", None) or better)
+        filters = [ensemble.name for ensemble in self.task._filters]
+        return [Metric(name, f, bool(better.get(name, True))) for name in names for f in filters]
+
+    def metric(self, wanted: str | None) -> Metric:
+        """The metric `name` or `name,filter`; None: the task's first.
+
+        Raises:
+            RecipeError: the task does not produce it.
+        """
+        known = self.metrics()
+        for metric in known:
+            if wanted is None or wanted in (metric.name, metric.key):
+                return metric
+        names = dict.fromkeys([m.name for m in known] + [m.key for m in known])
+        raise RecipeError(
+            f"task {self.name!r} does not produce metric {wanted!r}; {nearest(str(wanted), names)}"
+        )
+
+    def aggregation(self, metric: str) -> Any | None:
+        """lm-eval's aggregation of the metric (`name,filter`), or None where it is the plain mean over items."""
+        from lm_eval.api.metrics import mean
+
+        function = self.task.aggregation().get(metric.partition(",")[0], mean)
+        return None if function is mean else function
+
+    def set_fewshot(self, wanted: int | None) -> int:
+        """Set the number of few-shot examples as lm-eval would, and return the number in force.
+
+        Raises:
+            RecipeError: the task fixes 0 and the recipe wants another number.
+        """
+        default = self.task.get_config("num_fewshot")
+        if default == 0 and wanted:
+            raise RecipeError(
+                f"task {self.name!r} fixes num_fewshot at 0 in its own configuration, found {wanted}"
+            )
+        number = int(default or 0) if wanted is None else wanted
+        self.task.set_config(key="num_fewshot", value=number)
+        return number
+
+    @contextmanager
+    def on_split(self, split: str) -> Iterator[None]:
+        """Within this block lm-eval's own task evaluates this split.
+
+        Raises:
+            RecipeError: the task has no such split.
+        """
+        if split not in self.split_names:
+            raise RecipeError(
+                f"task {self.name!r} has no split {split!r}; {nearest(split, self.split_names)}"
+            )
+        config = self.task.config
+        before = getattr(config, "test_split", None)
+        if split == self.eval_split:
+            yield  # exactly as lm-eval runs it
+            return
+        if not hasattr(config, "test_split") or not hasattr(self.task, "dataset"):
+            raise RecipeError(
+                f"task {self.name!r} is Python code that fixes its own split, {self.eval_split!r}"
+            )
+        config.test_split = split
+        try:
+            yield
+        finally:
+            config.test_split = before
+
+    def docs(self, split: str) -> list[dict[str, Any]]:
+        """The items of a split, processed by the task, in data-set order."""
+        with self.on_split(split):
+            return list(self.task.eval_docs)
+
+    def fewshot_docs(self) -> list[dict[str, Any]]:
+        """The pool that few-shot examples are drawn from."""
+        sampler = getattr(self.task, "sampler", None)
+        return list(sampler.df) if sampler is not None else []
+
+    def replace_fewshot_docs(self, docs: Sequence[dict[str, Any]]) -> None:
+        self.task.sampler.replace_df(list(docs))
+
+
+def doc_hash(doc: Any) -> str:
+    """lm-eval's own `doc_hash` of an item."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    return str(hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)))

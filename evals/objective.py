@@ -1,0 +1,49 @@
+"""The smooth objective of an item: a bounded proper score that moves before the metric does.
+
+Multiple choice: log-probability of the gold option after a softmax over the options' log-likelihoods per token.
+One continuation, or generation: log-likelihood per token of the gold answer (teacher-forced). Rolling: per byte.
+Floored at FLOOR nats, so that one hopeless item cannot outweigh all others. See docs/design.md, "Smooth objective".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+FLOOR = -6.0
+
+
+def choice_objective(logliks: Sequence[float], tokens: Sequence[int], gold: Sequence[int]) -> float | None:
+    """Log-probability of the gold option(s); None where no option is gold.
+
+    logliks, tokens: per option, nats and number of tokens. gold: indices of right options.
+    """
+    right = [g for g in gold if 0 <= g < len(logliks)]
+    if not right:
+        return None
+    normalised = [ll / max(1, n) for ll, n in zip(logliks, tokens, strict=True)]
+    top = max(normalised)
+    total = math.fsum(math.exp(x - top) for x in normalised)
+    mass = math.fsum(math.exp(normalised[g] - top) for g in right)
+    return max(FLOOR, math.log(mass / total)) if mass > 0 else FLOOR
+
+
+def answer_objective(loglik: float, length: int) -> float:
+    """Log-likelihood per token (or byte) of the gold answer."""
+    return max(FLOOR, loglik / max(1, length))
+
+
+def gold_options(task: Any, doc: dict[str, Any]) -> list[int]:
+    """Indices of the right options of a multiple-choice item, as lm-eval's own scoring finds them."""
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    values = gold if isinstance(gold, list) else [gold]
+    choices: list[str] | None = None
+    found = []
+    for value in values:
+        if isinstance(value, str):
+            choices = choices if choices is not None else task.doc_to_choice(doc)
+            found += [choices.index(value)] if value in choices else []
+        else:
+            found.append(int(value))
+    return found

@@ -1,0 +1,160 @@
+"""Scores a resident model on any subset of the planned items: one row per item.
+
+Requests are built once; a call costs forward passes and lm-eval's own `process_results`. lm-eval's response cache is
+never used: its key leaves out the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.errors import EvaluationError
+from shoal.evals.catalogue import TaskSource
+from shoal.evals.objective import answer_objective, choice_objective, gold_options
+from shoal.evals.quiet import quiet_libraries
+from shoal.evals.requests import ItemRequests, fresh
+from shoal.types import ItemIds, ItemScore, Role
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """One task on the split of one role, with the requests of its items."""
+
+    source: TaskSource
+    requests: Mapping[int, ItemRequests]
+
+
+class Scorer:
+    """Scores `lm` (a ResidentLM, or any lm-eval model) on planned items."""
+
+    def __init__(self, lm: Any, tasks: Mapping[tuple[str, Role], PlannedTask]) -> None:
+        self.lm = lm
+        self.tasks = tasks
+
+    def score(self, items: ItemIds, generate: bool = True) -> tuple[list[ItemScore], list[str]]:
+        """Rows in the order of `items`, and what disturbed the scoring (a batch that had to be halved).
+
+        generate: also run generation; without it generation items get their smooth objective only.
+
+        Raises:
+            EvaluationError: a log-likelihood is not finite, or memory runs out at a batch of one.
+        """
+        work: list[tuple[str, Role, int, list[Any], Any | None]] = []
+        for (task, role), ids in items.items():
+            planned = self.tasks[task, role]
+            for item in ids:
+                request = planned.requests[item]
+                instances = [fresh(instance) for instance in request.instances]
+                if not generate and instances[0].request_type == "generate_until":
+                    instances = []
+                work.append(
+                    (task, role, item, instances, fresh(request.gold) if request.gold is not None else None)
+                )
+        by_type: dict[str, list[Any]] = defaultdict(list)
+        for _, _, _, instances, gold in work:
+            for instance in instances + ([gold] if gold is not None else []):
+                by_type[instance.request_type] += [instance] * (instance.repeats or 1)
+        events: list[str] = []
+        for kind, requests in by_type.items():
+            for request, response in zip(requests, self._run(kind, requests, events), strict=True):
+                request.resps.append(response)
+        return list(self._rows(work)), events
+
+    def _run(self, kind: str, requests: list[Any], events: list[str]) -> list[Any]:
+        while True:
+            try:
+                with quiet_libraries():
+                    return list(getattr(self.lm, kind)(requests, disable_tqdm=True))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                size = self.lm.shrink()
+                if not size:
+                    raise EvaluationError("out of memory at a batch of one item") from error
+                events.append(f"out of memory: batch halved to {size}")
+
+    def _rows(self, work: list[tuple[str, Role, int, list[Any], Any | None]]) -> Iterable[ItemScore]:
+        together: dict[tuple[str, Role], list[Any]] = defaultdict(list)
+        for task, role, _, instances, _ in work:
+            together[task, role] += instances
+        for key, instances in together.items():
+            for ensemble in self.tasks[key].source.task._filters if instances else ():
+                ensemble.apply(instances)
+        for task, role, item, instances, gold in work:
+            source = self.tasks[task, role].source
+            doc = self.tasks[task, role].requests[item].doc
+            logliks = _logliks(instances, gold)
+            if not all(math.isfinite(value) for value in logliks):
+                raise EvaluationError(
+                    f"task {task!r}, item {item}: log-likelihood is not finite; the merge is broken"
+                )
+            metrics = {}
+            for ensemble in source.task._filters if instances else ():
+                responses = [instance.filtered_resps[ensemble.name] for instance in instances]
+                for name, value in source.task.process_results(doc, responses).items():
+                    metrics[f"{name},{ensemble.name}"] = plain(value)
+            objective, tokens = self._objective(source, doc, instances, gold, logliks)
+            yield ItemScore(task, role, item, metrics, objective, logliks, tokens)
+
+    def _objective(
+        self,
+        source: TaskSource,
+        doc: dict[str, Any],
+        instances: list[Any],
+        gold: Any | None,
+        logliks: tuple[float, ...],
+    ) -> tuple[float | None, int]:
+        def length(instance: Any) -> int:
+            return len(self.lm.encode(*instance.args[:2])[1])
+
+        if gold is not None:
+            return answer_objective(logliks[-1], length(gold)), length(gold)
+        if not instances or instances[0].request_type == "generate_until":
+            return None, 0
+        if source.output_type == "multiple_choice":
+            count = len(source.task.doc_to_choice(doc))
+            lengths = [length(instance) for instance in instances[:count]]
+            if source.task.multiple_input:  # the options are contexts that share one continuation
+                lengths = [1] * count
+            return choice_objective(logliks[:count], lengths, gold_options(source.task, doc)), sum(lengths)
+        if instances[0].request_type == "loglikelihood_rolling":
+            size = len(str(instances[0].args[0]).encode())
+            return answer_objective(logliks[0], size), size
+        return answer_objective(logliks[0], length(instances[0])), length(instances[0])
+
+
+def _logliks(instances: list[Any], gold: Any | None) -> tuple[float, ...]:
+    """Log-likelihood of each request of an item in order, the gold answer's last."""
+    values = []
+    for instance in [*instances, *([gold] if gold is not None else [])]:
+        if instance.request_type == "loglikelihood":
+            values.append(float(instance.resps[0][0]))
+        elif instance.request_type == "loglikelihood_rolling":
+            values.append(float(instance.resps[0]))
+    return tuple(values)
+
+
+def plain(value: Any) -> Any:
+    """A metric's value as JSON can hold it: numbers, text, lists."""
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    if isinstance(value, bool):
+        return float(value)
+    return value if isinstance(value, str) or value is None else float(value)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def restored(value: Any) -> Any:
+    """A metric's journalled value as lm-eval's aggregations expect it: lists are tuples again."""
+    return tuple(restored(part) for part in value) if isinstance(value, list) else value

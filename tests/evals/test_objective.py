@@ -1,0 +1,34 @@
+"""The smooth objective: a bounded proper score."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from shoal.evals.objective import FLOOR, answer_objective, choice_objective
+
+
+def test_equal_options_share_the_probability() -> None:
+    assert choice_objective([-3.0, -3.0, -3.0, -3.0], [1, 1, 1, 1], [2]) == pytest.approx(math.log(1 / 4))
+
+
+def test_options_are_compared_per_token() -> None:
+    assert choice_objective([-2.0, -4.0], [1, 2], [0]) == pytest.approx(math.log(1 / 2))
+
+
+def test_several_right_options_add_up() -> None:
+    assert choice_objective([-1.0, -1.0, -1.0], [1, 1, 1], [0, 2]) == pytest.approx(math.log(2 / 3))
+
+
+def test_a_hopeless_item_counts_no_more_than_the_floor() -> None:
+    assert choice_objective([-1e4, 0.0], [1, 1], [0]) == FLOOR
+    assert answer_objective(-1e4, 1) == FLOOR
+
+
+def test_no_right_option_has_no_objective() -> None:
+    assert choice_objective([-1.0, -2.0], [1, 1], [-100]) is None
+
+
+def test_an_answer_is_scored_per_token() -> None:
+    assert answer_objective(-3.0, 4) == pytest.approx(-0.75)

@@ -1,0 +1,148 @@
+"""Scores against stock lm-eval on the same model, tasks, seeds: the same numbers, item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.errors import EvaluationError, RecipeError
+from shoal.evals.catalogue import Catalogue, doc_hash
+from shoal.evals.quiet import quiet_libraries
+from shoal.evals.requests import PromptSpec, build_requests
+from shoal.evals.resident import ResidentLM
+from shoal.evals.scorer import PlannedTask, Scorer
+from shoal.merge.runtime import load_runtime
+from shoal.tokenizer import load_tokenizer
+
+TASKS = ("pico_choice", "pico_next", "pico_write")
+
+
+def resident(folder: Path, rows: int = 32) -> ResidentLM:
+    with quiet_libraries():
+        return ResidentLM(load_runtime(folder), load_tokenizer(folder), rows)
+
+
+def planned(pico: Any, name: str, items: Sequence[int], shots: int = 0) -> PlannedTask:
+    source = Catalogue(pico.tasks).load(name)
+    source.set_fewshot(shots)
+    return PlannedTask(source, build_requests(source, source.eval_split, items, PromptSpec()))
+
+
+def stock(pico: Any, shots: int) -> dict[str, list[dict[str, Any]]]:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    with quiet_libraries():
+        results = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(pico.model("left")), "dtype": "float32"},
+            tasks=list(TASKS),
+            num_fewshot=shots,
+            batch_size=16,
+            device="cpu",
+            log_samples=True,
+            bootstrap_iters=0,
+            task_manager=TaskManager(include_path=str(pico.tasks), include_defaults=False),
+        )
+    assert results is not None
+    return dict(results["samples"])
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_items_score_as_in_stock_lm_eval(pico: Any, shots: int) -> None:
+    samples = stock(pico, shots)
+    everything = range(120)
+    tasks = {(name, "test"): planned(pico, name, everything, shots) for name in TASKS}
+    rows, events = Scorer(resident(pico.model("left")), tasks).score({key: everything for key in tasks})  # type: ignore[arg-type]
+    assert events == []
+    found = {(row.task, row.item): row for row in rows}
+    assert len(found) == 3 * 120
+    for name, metric in (("pico_choice", "acc"), ("pico_next", "acc"), ("pico_write", "exact_match")):
+        for sample in samples[name]:
+            row = found[name, sample["doc_id"]]
+            assert row.metrics[f"{metric},none"] == sample[metric]
+            if name != "pico_write":
+                expected = [response[0][0] for response in sample["resps"]]
+                assert row.logliks == pytest.approx(expected, abs=1e-4)
+            doc = tasks[name, "test"].requests[sample["doc_id"]].doc
+            assert doc_hash(doc) == sample["doc_hash"]
+
+
+def test_a_subset_scores_as_within_the_whole(pico: Any) -> None:
+    lm = resident(pico.model("left"))
+    subset = [3, 50, 119]
+    tasks = {(name, "test"): planned(pico, name, range(120), 2) for name in TASKS}
+    scorer = Scorer(lm, tasks)  # type: ignore[arg-type]
+    whole, _ = scorer.score({key: range(120) for key in tasks})  # type: ignore[misc]
+    part, _ = scorer.score({key: subset for key in tasks})  # type: ignore[misc]
+    expected = {(row.task, row.item): row for row in whole}
+    for row in part:
+        assert row.logliks == pytest.approx(expected[row.task, row.item].logliks, abs=1e-5)
+        assert dict(row.metrics) == pytest.approx(dict(expected[row.task, row.item].metrics), abs=1e-5)
+    assert [row.item for row in part] == subset * 3
+
+
+def test_scoring_twice_gives_the_same_bits(pico: Any) -> None:
+    tasks = {("pico_choice", "test"): planned(pico, "pico_choice", range(40))}
+    scorer = Scorer(resident(pico.model("left")), tasks)  # type: ignore[arg-type]
+    items = {("pico_choice", "test"): range(40)}
+    assert scorer.score(items) == scorer.score(items)  # type: ignore[arg-type]
+
+
+def test_generation_without_generating_has_an_objective_and_no_metric(pico: Any) -> None:
+    tasks = {("pico_write", "test"): planned(pico, "pico_write", range(5))}
+    scorer = Scorer(resident(pico.model("left")), tasks)  # type: ignore[arg-type]
+    rows, _ = scorer.score({("pico_write", "test"): range(5)}, generate=False)
+    assert all(row.metrics == {} and row.objective is not None and row.objective < 0 for row in rows)
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(pico: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = resident(pico.model("left"), rows=32)
+    tasks = {("pico_choice", "test"): planned(pico, "pico_choice", range(40))}
+    scorer = Scorer(lm, tasks)  # type: ignore[arg-type]
+    items = {("pico_choice", "test"): range(40)}
+    expected, _ = scorer.score(items)  # type: ignore[arg-type]
+    forward = lm._last_logprobs
+
+    def limited(rows: list[tuple[int, ...]], keep: int) -> Any:
+        if len(rows) > 8:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(rows, keep)
+
+    monkeypatch.setattr(lm, "_last_logprobs", limited)
+    rows, events = scorer.score(items)  # type: ignore[arg-type]
+    assert events == ["out of memory: batch halved to 16", "out of memory: batch halved to 8"]
+    assert [row.metrics for row in rows] == [row.metrics for row in expected]
+
+
+def test_a_broken_model_is_an_error_that_names_the_item(pico: Any) -> None:
+    import torch
+
+    lm = resident(pico.model("left"))
+    with torch.no_grad():
+        lm.model.model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
+    tasks = {("pico_choice", "test"): planned(pico, "pico_choice", range(4))}
+    with pytest.raises(EvaluationError, match=r"task 'pico_choice', item 0: log-likelihood is not finite"):
+        Scorer(lm, tasks).score({("pico_choice", "test"): range(4)})  # type: ignore[arg-type]
+
+
+def test_a_changed_data_set_is_noticed(pico: Any) -> None:
+    source = Catalogue(pico.tasks).load("pico_choice")
+    source.set_fewshot(0)
+    with pytest.raises(EvaluationError, match="item 0 is not the one that the lock names"):
+        build_requests(source, "test", [0], PromptSpec(), {0: "0" * 64})
+    with pytest.raises(EvaluationError, match="item 500 does not exist; the split has 120 items"):
+        build_requests(source, "test", [500], PromptSpec())
+
+
+def test_names_that_do_not_exist_are_refused_with_the_nearest(pico: Any) -> None:
+    source = Catalogue(pico.tasks).load("pico_choice")
+    with pytest.raises(RecipeError, match="does not produce metric 'accuracy'; .*valid: acc, acc,none"):
+        source.metric("accuracy")
+    with pytest.raises(RecipeError, match="has no split 'tset'; did you mean 'test'"):
+        source.docs("tset")
+    with pytest.raises(RecipeError, match="no such folder"):
+        Catalogue(pico.folder / "missing")
