@@ -1,0 +1,192 @@
+"""Locks: a recipe with everything resolved. A run that nothing disturbed is a function of its lock alone.
+
+A lock names the files of every model by hash, the items of every role by index and content hash, all seeds and
+sizes, and the libraries. It has a schema version; a lock of another version is refused, never guessed at.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from shoal.errors import RunError
+from shoal.recipe import Dtype, Recipe, Strict
+from shoal.version import __version__
+
+SCHEMA_VERSION = 1
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "mergekit",
+    "lm_eval",
+    "cma",
+    "numpy",
+    "scipy",
+    "datasets",
+    "peft",
+)
+
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
+Numbers = Annotated[tuple[int, ...], Field(strict=False)]
+
+
+class ModelLock(Strict):
+    """One model: its name in tables, how the recipe wrote it, the folder it was resolved to, hashes of its files.
+
+    commit: of the Hub repository, None elsewhere. adapter: folder of the LoRA adapter, None without one.
+    """
+
+    name: str
+    ref: str
+    folder: str
+    commit: str | None = None
+    adapter: str | None = None
+    adapter_commit: str | None = None
+    files: dict[str, str]
+
+
+class RoleLock(Strict):
+    """The items of one role: lm-eval task and split, data-set indices, and lm-eval's doc_hash of each.
+
+    clusters: one label per item; items of one cluster are resampled together.
+    """
+
+    task: str
+    split: str
+    items: Numbers
+    hashes: Texts
+    clusters: Texts
+
+
+class TaskLock(Strict):
+    """One task: which metric is claimed (lm-eval's `metric,filter`), in which direction, on which items."""
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    weight: float
+    output_type: str
+    num_fewshot: int
+    version: str
+    eval_split: str
+    search_on_eval_split: bool
+    fewshot_hashes: Texts | None = None
+    roles: dict[Literal["search", "select", "test"], RoleLock]
+
+
+class Seeds(Strict):
+    """One seed per random stream; all are derived from the recipe's seed, none from a clock."""
+
+    search: int
+    items: int
+    masks: int
+    fewshot: int
+    bootstrap: int
+
+
+class Lock(Strict):
+    """Everything that a run depends on."""
+
+    schema_version: Literal[1] = 1
+    shoal: str
+    python: str
+    libraries: dict[str, str]
+    recipe_digest: str
+    models: Annotated[tuple[ModelLock, ...], Field(strict=False)]
+    base: int | None
+    sources: Numbers
+    tokenizer: int
+    operator: str
+    dtype: Dtype
+    genes: Texts
+    popsize: int
+    sigma0: float
+    seeds: Seeds
+    include_path: str | None
+    tasks: Annotated[tuple[TaskLock, ...], Field(strict=False)]
+
+    def task(self, name: str) -> TaskLock:
+        return next(task for task in self.tasks if task.task == name)
+
+    def to_yaml(self) -> str:
+        return yaml.dump(
+            self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
+        )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists of plain values on one line, so that a thousand item ids do not take a thousand lines."""
+
+
+def _represent_list(dumper: yaml.SafeDumper, data: list[Any]) -> yaml.Node:
+    flow = all(not isinstance(item, (dict, list)) for item in data)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flow)
+
+
+_Dumper.add_representer(list, _represent_list)
+
+
+def library_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def new_lock(recipe: Recipe, **resolved: Any) -> Lock:
+    """A lock for this recipe on this machine; `resolved` holds the remaining fields."""
+    return Lock(
+        shoal=__version__,
+        python=platform.python_version(),
+        libraries=library_versions(),
+        recipe_digest=recipe.digest(),
+        **resolved,
+    )
+
+
+def load_lock(path: Path) -> Lock:
+    """Read a lock.
+
+    Raises:
+        RunError: it is missing, is not YAML, or has another schema.
+    """
+    try:
+        data = yaml.load(
+            path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )
+        return Lock.model_validate(data)
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such lock") from None
+    except yaml.YAMLError as error:
+        raise RunError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RunError(
+            f"{path}: not a lock of schema {SCHEMA_VERSION} (shoal {__version__}): {where}: {first['msg']}"
+        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either absent, old or complete, never partial, and durable on return."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # noqa: PTH101
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
