@@ -1,0 +1,298 @@
+"""Intervals cover what they say, at the null almost nothing is "better", and verdicts follow the ordered rules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import bootstrap
+
+from shoal.errors import EvaluationError
+from shoal.search import Comparison, TaskSamples, compare, mcnemar_exact, non_inferior, verdict
+from shoal.search.bootstrap import FEW, _sign_flip
+
+
+def samples(
+    winner: Any, other: Any, *, task: str = "arc", weight: float = 1.0, clusters: Any = None, **rest: Any
+) -> TaskSamples:
+    labels = [str(i) for i in range(len(winner))] if clusters is None else [str(c) for c in clusters]
+    arguments = {"higher_is_better": True, **rest}
+    return TaskSamples(task, weight, winner=winner, others={"base": other}, clusters=labels, **arguments)
+
+
+def outcomes(wins: int, losses: int, same: int) -> tuple[np.ndarray, np.ndarray]:
+    """0/1 scores of winner and other with that many discordant items."""
+    winner = np.concatenate([np.ones(wins), np.zeros(losses), np.ones(same)])
+    other = np.concatenate([np.zeros(wins), np.ones(losses), np.ones(same)])
+    return winner, other
+
+
+def binary(generator: np.random.Generator, n: int, win: float, lose: float, repeat: int = 1) -> TaskSamples:
+    u = np.repeat(generator.random(n // repeat), repeat)
+    winner, other = (u < win) * 1.0, ((u >= win) & (u < win + lose)) * 1.0
+    return samples(winner, other, clusters=np.arange(n) // repeat)
+
+
+SIMULATED: dict[str, tuple[float, Callable[[np.random.Generator], list[TaskSamples]]]] = {
+    "0/1, gain of 5 points": (0.05, lambda g: [binary(g, 300, 0.15, 0.10)]),
+    "0/1, gain of 6 points, 5 items a cluster": (0.06, lambda g: [binary(g, 500, 0.16, 0.10, repeat=5)]),
+    "continuous": (0.1, lambda g: [samples(g.normal(0.1, 1, 80), np.zeros(80))]),
+    "two tasks": (
+        (0.05 + 3 * 0.02) / 4,
+        lambda g: [
+            binary(g, 200, 0.15, 0.10),
+            samples(g.normal(0.02, 0.3, 100), np.zeros(100), task="gsm", weight=3.0),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIMULATED)
+def test_intervals_cover_the_truth(name: str) -> None:
+    truth, make = SIMULATED[name]
+    generator, runs = np.random.default_rng(2026), 300
+    covered = 0
+    for run in range(runs):
+        found = compare(make(generator), "base", resamples=1000, seed=run)
+        covered += found.low <= truth <= found.high
+    error = (0.95 * 0.05 / runs) ** 0.5
+    assert covered / runs >= 0.95 - 3 * error
+
+
+@pytest.mark.parametrize("items", [40, 100, 400])
+def test_at_the_null_a_claim_to_beat_is_false_in_less_than_one_of_forty(items: int) -> None:
+    generator, runs = np.random.default_rng(items), 400
+    verdicts = [
+        verdict(False, [compare([binary(generator, items, 0.1, 0.1)], "base", resamples=1000, seed=run)])
+        for run in range(runs)
+    ]
+    assert verdicts.count("beats") / runs <= 0.025 + 2 * (0.025 * 0.975 / runs) ** 0.5
+    assert verdicts.count("worse") / runs <= 0.025 + 2 * (0.025 * 0.975 / runs) ** 0.5
+
+
+def test_a_real_gain_with_enough_items_is_found() -> None:
+    generator = np.random.default_rng(0)
+    found = [
+        compare([binary(generator, 2000, 0.13, 0.07)], "base", resamples=1000, seed=i) for i in range(40)
+    ]
+    assert sum(c.low > 0 for c in found) >= 38
+
+
+def test_the_difference_is_paired_weighted_and_flipped() -> None:
+    tasks = [
+        samples(np.array([1.0, 0.0, 1.0, 1.0]), np.array([0.0, 0.0, 1.0, 0.0]), weight=1.0),
+        samples(np.array([2.0, 4.0]), np.array([2.5, 4.5]), task="ppl", weight=3.0, higher_is_better=False),
+        samples(np.array([9.0, 9.0]), np.array([0.0, 0.0]), task="ignored", weight=0.0),
+    ]
+    overall = compare(tasks, "base")
+    assert overall.difference == pytest.approx((0.5 + 3 * 0.5) / 4)
+    assert (overall.n, overall.clusters, overall.task, overall.against) == (6, 6, None, "base")
+    assert (overall.wins, overall.losses) == (4, 0)
+    one = compare(tasks, "base", task="ppl")
+    assert one.difference == one.low == one.high == 0.5 and (one.n, one.task) == (2, "ppl")
+    assert compare(tasks, "base", task="ignored").difference == 9.0
+
+
+def test_weights_decide_how_wide_the_interval_is() -> None:
+    generator = np.random.default_rng(1)
+    quiet, loud = generator.normal(0, 0.1, 200), generator.normal(0, 2.0, 200)
+    widths = []
+    for weight in (0.1, 10.0):
+        tasks = [samples(quiet, np.zeros(200)), samples(loud, np.zeros(200), task="gsm", weight=weight)]
+        found = compare(tasks, "base")
+        widths.append(found.high - found.low)
+    share = np.array([0.1 / 1.1, 10 / 11])
+    expected = 2 * 1.96 * np.sqrt((((1 - share) * quiet.std()) ** 2 + (share * loud.std()) ** 2) / 200)
+    assert widths == pytest.approx(expected, rel=0.1)
+
+
+def test_a_model_against_itself_has_an_interval_without_width() -> None:
+    scores = np.random.default_rng(0).random(50)
+    found = compare([samples(scores, scores)], "base")
+    assert (found.difference, found.low, found.high, found.method) == (0.0, 0.0, 0.0, "constant")
+    assert verdict(False, [found]) == "ties"
+
+
+def test_a_single_cluster_shows_nothing() -> None:
+    winner, other = outcomes(30, 5, 15)
+    found = compare([samples(winner, other, clusters=["passage"] * 50)], "base")
+    assert (found.low, found.high, found.method) == (-np.inf, np.inf, "none")
+    assert verdict(False, [found]) == "underpowered"
+
+
+def test_the_same_call_gives_the_same_interval_and_another_seed_nearly() -> None:
+    task = binary(np.random.default_rng(0), 400, 0.2, 0.1)
+    first, again, other = (compare([task], "base", seed=s) for s in (1, 1, 2))
+    assert first == again != other
+    assert (first.low, first.high) == pytest.approx((other.low, other.high), abs=0.005)
+
+
+def test_bca_agrees_with_scipys_on_a_skewed_sample() -> None:
+    values = np.random.default_rng(8).exponential(size=30) ** 2
+    found = compare([samples(values, np.zeros(30))], "base", resamples=50_000)
+    theirs, plain = (
+        bootstrap((values,), np.mean, n_resamples=50_000, method=method, rng=np.random.default_rng(0))
+        for method in ("BCa", "percentile")
+    )
+    expected = theirs.confidence_interval
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=0.02)
+    assert found.low > 1.06 * plain.confidence_interval.low
+    assert found.high > 1.06 * plain.confidence_interval.high
+
+
+def test_bca_needs_ten_discordant_clusters() -> None:
+    assert FEW == 10
+    assert compare([samples(*outcomes(9, 0, 91))], "base").method == "percentile"
+    assert compare([samples(*outcomes(10, 0, 90))], "base").method == "bca"
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses"), [(5, 0), (6, 0), (8, 2), (9, 1), (14, 6), (15, 5), (0, 5), (0, 6)]
+)
+def test_no_interval_excludes_zero_where_the_exact_test_does_not(wins: int, losses: int) -> None:
+    found = compare([samples(*outcomes(wins, losses, 80))], "base")
+    assert (found.low > 0 or found.high < 0) == (mcnemar_exact(wins, losses) <= 0.05)
+    assert found.low <= found.difference <= found.high and found.low < found.high
+
+
+def test_the_sign_flip_test_is_the_same_exact_and_drawn() -> None:
+    sizes = np.array([0.3, -0.1, 0.5, 0.2, 0.4, -0.05, 0.25, 0.15, 0.6, 0.35, 0.1, 0.45])
+    padded = np.concatenate([sizes, [1e-15]])  # a 13th of no weight: by draws
+    assert _sign_flip(sizes, 0) == pytest.approx(_sign_flip(padded, 0), abs=0.005)
+    assert _sign_flip(np.full(20, 0.1), 0) == mcnemar_exact(20, 0)
+
+
+def test_items_of_one_cluster_are_no_independent_evidence() -> None:
+    generator = np.random.default_rng(3)
+    base = generator.normal(0.1, 1, 100)
+    repeated = np.repeat(base, 9)
+    zero = np.zeros(900)
+    alone = compare([samples(base, np.zeros(100))], "base")
+    naive = compare([samples(repeated, zero)], "base")
+    clustered = compare([samples(repeated, zero, clusters=np.arange(900) // 9)], "base")
+    assert clustered.high - clustered.low == pytest.approx(3 * (naive.high - naive.low), rel=0.1)
+    assert (clustered.low, clustered.high) == pytest.approx((alone.low, alone.high), abs=0.02)
+    assert (clustered.n, clustered.clusters) == (900, 100)
+
+
+def test_clusters_may_be_scattered_and_of_different_size() -> None:
+    labels = [0, 1, 0, 2, 2, 2, 1, 3]
+    winner = np.array([1.0, 0.0, 1.0, 0.5, 0.5, 0.5, 0.0, 0.0])
+    found = compare([samples(winner, np.zeros(8), clusters=labels)], "base", resamples=50_000)
+    # by hand: clusters have sums 2, 0, 1.5, 0 and sizes 2, 2, 3, 1; all 4^4 resamples
+    sums, sizes = np.array([2, 0, 1.5, 0]), np.array([2.0, 2, 3, 1])
+    every = np.stack(np.meshgrid(*[range(4)] * 4), axis=-1).reshape(-1, 4)
+    ratios = sums[every].sum(axis=1) / sizes[every].sum(axis=1)
+    assert found.high == pytest.approx(np.quantile(ratios, 0.975), abs=1e-9)
+    assert found.low == 0.0 and found.difference == pytest.approx(3.5 / 8)
+
+
+def corpus_ratio(values: list[tuple[float, float]]) -> float:
+    """A metric that is no mean over items, like a corpus-level perplexity or BLEU: a ratio of sums."""
+    return sum(a for a, _ in values) / sum(b for _, b in values)
+
+
+def test_a_metric_that_is_no_mean_is_recomputed_on_each_resample() -> None:
+    generator = np.random.default_rng(5)
+    size = generator.integers(1, 50, 300).astype(float)
+    right = {name: generator.binomial(size.astype(int), p) for name, p in (("w", 0.7), ("o", 0.6))}
+    winner, other = (list(zip(right[k].tolist(), size.tolist(), strict=True)) for k in ("w", "o"))
+    found = compare([samples(winner, other, aggregate=corpus_ratio)], "base", resamples=2000)
+    assert found.difference == pytest.approx((right["w"].sum() - right["o"].sum()) / size.sum())
+    # the delta method's standard error of a difference of ratios with one denominator
+    influence = (right["w"] - right["o"] - found.difference * size) / size.mean()
+    expected = 2 * 1.96 * influence.std() / 300**0.5
+    assert found.high - found.low == pytest.approx(expected, rel=0.1)
+    assert found.low > 0 and found.method == "bca"
+    lower = compare(
+        [samples(winner, other, aggregate=corpus_ratio, higher_is_better=False)], "base", resamples=2000
+    )
+    assert lower.difference == -found.difference and lower.high < 0
+
+
+def test_an_aggregate_that_is_a_mean_agrees_with_the_mean() -> None:
+    winner, other = outcomes(30, 12, 100)
+    mean = compare([samples(winner, other)], "base", resamples=4000)
+    recomputed = compare(
+        [samples(winner.tolist(), other.tolist(), aggregate=lambda v: sum(v) / len(v))],
+        "base",
+        resamples=4000,
+    )
+    assert recomputed.difference == pytest.approx(mean.difference)
+    assert (recomputed.low, recomputed.high) == pytest.approx((mean.low, mean.high), abs=0.008)
+    assert (recomputed.wins, recomputed.losses, recomputed.method) == (30, 12, mean.method)
+
+
+def test_an_expensive_aggregate_gets_fewer_resamples() -> None:
+    calls = 0
+
+    def counting(values: list[float]) -> float:
+        nonlocal calls
+        calls += 1
+        return sum(values) / len(values)
+
+    values = np.random.default_rng(0).random((2, 4000))
+    found = compare([samples(values[0].tolist(), values[1].tolist(), aggregate=counting)], "base")
+    assert calls == 2 * (1 + 500) and found.method == "percentile"
+
+
+def interval(low: float, high: float) -> Comparison:
+    return Comparison("base", (low + high) / 2, low, high, 100, None, "bca")
+
+
+VERDICTS: list[tuple[list[Comparison], str]] = [
+    ([interval(0.001, 0.1)], "beats"),
+    ([interval(0.001, 0.002), interval(0.001, 0.1)], "beats"),  # though all within the margin
+    ([interval(0.0, 0.1)], "underpowered"),
+    ([interval(0.01, 0.1), interval(-0.1, -0.001)], "worse"),
+    ([interval(-0.005, -0.001)], "worse"),  # though within the margin
+    ([interval(-0.01, 0.01), interval(0.001, 0.009)], "ties"),
+    ([interval(-0.01, 0.01), interval(-0.001, 0.011)], "underpowered"),
+    ([interval(-0.1, 0.0)], "underpowered"),
+    ([interval(0.0, 0.0)], "ties"),
+]
+
+
+@pytest.mark.parametrize(("comparisons", "expected"), VERDICTS)
+def test_verdicts_follow_the_rules_in_order(comparisons: list[Comparison], expected: str) -> None:
+    assert verdict(False, comparisons, margin=0.01) == expected
+    assert verdict(True, comparisons, margin=0.01) == "ties"
+
+
+def test_the_margin_decides_what_ties() -> None:
+    assert verdict(False, [interval(-0.02, 0.02)], margin=0.02) == "ties"
+    assert verdict(False, [interval(-0.02, 0.02)], margin=0.019) == "underpowered"
+    assert non_inferior(interval(-0.019, 0.0), 0.02) and not non_inferior(interval(-0.02, 0.5), 0.02)
+
+
+def test_nothing_follows_from_no_comparison() -> None:
+    with pytest.raises(EvaluationError, match="found none"):
+        verdict(False, [])
+
+
+def test_a_lower_level_is_a_narrower_interval() -> None:
+    task = binary(np.random.default_rng(0), 400, 0.2, 0.1)
+    wide, narrow = (compare([task], "base", level=level) for level in (0.95, 0.9))
+    ratio = (narrow.high - narrow.low) / (wide.high - wide.low)
+    assert ratio == pytest.approx(1.645 / 1.96, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "options", "message"),
+    [
+        ([samples([1.0], [0.0])], {"against": "bass"}, "did you mean 'base'"),
+        ([samples([1.0], [0.0])], {"task": "ark"}, "did you mean 'arc'"),
+        ([samples([1.0], [0.0], weight=0.0)], {}, "no task has a weight"),
+        ([samples([1.0, 2.0], [0.0])], {}, "found 2, 1 and 2"),
+        ([samples([], [])], {}, "found 0, 0 and 0"),
+        ([samples([1.0, np.nan], [0.0, 1.0])], {}, "one finite number per item"),
+        ([samples([[1.0], [2.0]], [[0.0], [1.0]])], {}, "one finite number per item"),
+        ([samples([1.0, 2.0], [0.0, 1.0], aggregate=lambda v: np.nan)], {}, "not a finite number"),
+        ([samples([1.0], [0.0])], {"resamples": 10}, "resamples >= 200"),
+    ],
+)
+def test_samples_that_cannot_be_compared_are_errors(
+    tasks: list[TaskSamples], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        compare(tasks, **{"against": "base", **options})

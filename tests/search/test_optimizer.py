@@ -1,0 +1,258 @@
+"""Ask/tell: order, scaling, failures, replay, and that cma touches nothing outside itself."""
+
+import json
+import math
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoal.errors import ShoalError
+from shoal.search import CMAES, Optimizer, RandomSearch, default_popsize, default_sigma0
+from shoal.search.optimizer import _Randn
+
+LOW, HIGH = np.array([-0.2, 0.1, -1.0]), np.array([1.5, 1.0, 3.0])
+X0 = np.array([0.4, 0.5, 0.0])
+GOAL = np.array([0.9, 0.2, 2.0])
+
+
+def sphere(genomes: np.ndarray) -> np.ndarray:
+    return -(((genomes - GOAL) / (HIGH - LOW)) ** 2).sum(axis=1)
+
+
+def run(
+    optimizer: Optimizer, fitness: Callable[[np.ndarray], np.ndarray], generations: int
+) -> list[np.ndarray]:
+    asked = []
+    for _ in range(generations):
+        asked.append(optimizer.ask())
+        optimizer.tell(asked[-1], fitness(asked[-1]))
+    return asked
+
+
+def test_defaults_follow_the_design() -> None:
+    assert [default_popsize(n) for n in (1, 6, 12, 24, 48, 96)] == [4, 9, 11, 13, 15, 17]
+    assert default_sigma0(4) == 1 / 6 and default_sigma0(100) == 0.05
+
+
+def test_cmaes_finds_the_optimum_in_natural_units_and_returns_its_mean() -> None:
+    optimizer = CMAES(LOW, HIGH, X0, seed=1)
+    assert optimizer.popsize == 7 and optimizer.mean == pytest.approx(X0, abs=1e-12)
+    assert optimizer.stds == pytest.approx((HIGH - LOW) / 6, rel=1e-3)
+    asked = run(optimizer, sphere, 80)
+    assert optimizer.generation == 80
+    assert optimizer.mean == pytest.approx(GOAL, abs=1e-3)
+    assert all((a >= LOW).all() and (a <= HIGH).all() and a.shape == (7, 3) for a in asked)
+
+
+def test_ranks_lose_nothing_against_cma_told_the_values() -> None:
+    import cma
+
+    options = {
+        "randn": _Randn(5),
+        "seed": math.nan,
+        "bounds": [[0.0] * 3, [1.0] * 3],
+        "popsize": 7,
+        "minstd": 1e-6,
+        "verbose": -10,
+        "verb_log": 0,
+    }
+    plain = cma.CMAEvolutionStrategy((X0 - LOW) / (HIGH - LOW), 1 / 6, options)
+    ours = CMAES(LOW, HIGH, X0, seed=5)
+    for _ in range(25):
+        solutions, asked = plain.ask(), ours.ask()
+        assert np.array_equal(LOW + np.array(solutions) * (HIGH - LOW), asked)
+        plain.tell(solutions, (-sphere(asked)).tolist())
+        ours.tell(asked, sphere(asked))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["flat", "sphere", "edge"])
+def test_long_runs_neither_stop_nor_break(n: int, kind: str) -> None:
+    functions: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "flat": lambda g: np.zeros(len(g)),
+        "sphere": lambda g: -((g - 0.3) ** 2).sum(axis=1),
+        "edge": lambda g: g.sum(axis=1),
+    }
+    optimizer = CMAES(np.zeros(n), np.ones(n), np.full(n, 0.5), seed=n)
+    asked = run(optimizer, functions[kind], 300)
+    assert len(asked) == 300 and all(len(np.unique(a[:, 0])) > 1 for a in asked)
+    if kind != "flat":
+        assert optimizer.mean == pytest.approx(np.full(n, 0.3 if kind == "sphere" else 1.0), abs=1e-3)
+
+
+def test_a_start_on_the_bounds_can_be_searched() -> None:
+    optimizer = CMAES([0, 0], [1, 1], [0, 1], seed=0)
+    assert optimizer.mean == pytest.approx([0, 1], abs=1e-9)
+    run(optimizer, lambda g: -((g - 0.5) ** 2).sum(axis=1), 60)
+    assert optimizer.mean == pytest.approx([0.5, 0.5], abs=1e-3)
+
+
+def test_nothing_outside_the_optimizer_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cma  # noqa: F401  (importing it adds filters for its dependencies; making a strategy must not)
+
+    monkeypatch.chdir(tmp_path)
+    Path("cma_signals.in").write_text("{'timeout': 0}")
+    np.random.seed(3)
+    before, filters = np.random.get_state()[1].copy(), list(warnings.filters)
+    first = run(CMAES(LOW, HIGH, X0, seed=2), sphere, 10)
+    assert (np.random.get_state()[1] == before).all()
+    assert warnings.filters == filters
+    assert [p.name for p in tmp_path.iterdir()] == ["cma_signals.in"]
+
+    np.random.seed(4)
+
+    def noisy(genomes: np.ndarray) -> np.ndarray:
+        np.random.random(100)
+        return sphere(genomes)
+
+    assert np.array_equal(first, run(CMAES(LOW, HIGH, X0, seed=2), noisy, 10))
+    assert not np.array_equal(first, run(CMAES(LOW, HIGH, X0, seed=3), sphere, 10))
+
+
+REPLAY = """
+import json, sys
+import numpy as np
+from shoal.search import CMAES
+state = json.load(sys.stdin)
+optimizer = CMAES(state["low"], state["high"], state["x0"], seed=state["seed"])
+for genomes, fitness in state["journal"]:
+    optimizer.ask()
+    optimizer.tell(genomes, fitness)
+json.dump(optimizer.ask().tolist(), sys.stdout)
+"""
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_replaying_a_journal_in_a_fresh_process_asks_the_same_genomes(n: int) -> None:
+    low, high, x0 = LOW[:n], HIGH[:n], X0[:n]
+    optimizer = CMAES(low, high, x0, seed=11)
+    noise = np.random.default_rng(0)
+    journal = []
+    for generation in range(30):
+        genomes = optimizer.ask()
+        fitness = np.round(noise.normal(size=optimizer.popsize), 1)  # ties
+        fitness[noise.random(optimizer.popsize) < (1.0 if generation == 4 else 0.1)] = math.nan
+        optimizer.tell(genomes, fitness)
+        journal.append((genomes.tolist(), fitness.tolist()))
+    state = {"low": low.tolist(), "high": high.tolist(), "x0": x0.tolist(), "seed": 11, "journal": journal}
+    done = subprocess.run(
+        [sys.executable, "-c", REPLAY], input=json.dumps(state), capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == optimizer.ask().tolist()
+
+
+def test_a_failed_candidate_counts_as_worse_than_the_worst() -> None:
+    told = {}
+    for name, failed in (("nan", math.nan), ("worst", -1e9), ("better", 0.7)):
+        optimizer = CMAES(LOW, HIGH, X0, seed=1)
+        genomes = optimizer.ask()
+        optimizer.tell(genomes, [0.0, 1.0, failed, 0.2, 0.8, 0.6, 0.1])
+        told[name] = optimizer.mean.tolist()
+    assert told["nan"] == told["worst"] != told["better"]
+
+
+def test_a_generation_that_failed_as_a_whole_leaves_the_distribution_and_draws_again() -> None:
+    optimizer = CMAES(LOW, HIGH, X0, seed=1)
+    first = run(optimizer, sphere, 3)[-1]
+    mean, stds = optimizer.mean, optimizer.stds
+    failed = run(optimizer, lambda g: np.full(len(g), math.nan), 1)[0]
+    assert optimizer.generation == 4
+    assert np.array_equal(optimizer.mean, mean) and np.array_equal(optimizer.stds, stds)
+    again = optimizer.ask()
+    assert not np.array_equal(again, failed) and not np.array_equal(again, first)
+
+
+@pytest.mark.parametrize("make", [CMAES, RandomSearch])
+def test_order_and_shapes_are_checked(make: Callable[..., Optimizer]) -> None:
+    optimizer = make(LOW, HIGH, X0, seed=0)
+    with pytest.raises(RuntimeError, match="nothing was asked"):
+        optimizer.tell(np.zeros((7, 3)), np.zeros(7))
+    genomes = optimizer.ask()
+    with pytest.raises(RuntimeError, match="not told yet"):
+        optimizer.ask()
+    with pytest.raises(
+        ShoalError, match=r"expected genomes \(7, 3\) and fitness \(7,\), found \(7, 3\) and \(6,\)"
+    ):
+        optimizer.tell(genomes, np.zeros(6))
+    with pytest.raises(ShoalError, match=r"found \(6, 3\)"):
+        optimizer.tell(genomes[:6], np.zeros(7))
+    other = genomes.copy()
+    other[2, 1] = np.nextafter(other[2, 1], 1)
+    with pytest.raises(ShoalError, match="genome 2 is not the one asked"):
+        optimizer.tell(other, np.zeros(7))
+    with pytest.raises(ShoalError, match=r"\+inf is no score"):
+        optimizer.tell(genomes, [math.inf] + [0.0] * 6)
+    optimizer.tell(genomes, np.arange(7.0))
+    assert optimizer.generation == 1
+
+
+def test_changing_what_was_asked_does_not_change_the_optimizer() -> None:
+    optimizer = CMAES(LOW, HIGH, X0, seed=0)
+    genomes = optimizer.ask()
+    kept = genomes.copy()
+    genomes[:] = 0
+    optimizer.tell(kept, np.arange(7.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x0": [0.4, 2.0, 0.0]}, "within the bounds"),
+        ({"x0": [0.4]}, r"found \(3,\), \(3,\), \(1,\)"),
+        ({"low": LOW, "high": LOW}, "low < high"),
+        ({"popsize": 3}, "at least 4"),
+        ({"sigma0": 0.0}, r"in \(0, 1\]"),
+    ],
+)
+def test_what_cannot_be_searched_is_an_error(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {"low": LOW, "high": HIGH, "x0": X0, "seed": 0, **change}
+    low, high, x0 = (arguments.pop(k) for k in ("low", "high", "x0"))
+    with pytest.raises(ShoalError, match=message):
+        CMAES(low, high, x0, **arguments)  # type: ignore[arg-type]
+
+
+def test_negative_weights_can_be_turned_off_for_racing() -> None:
+    # without them the order of the losers (ranks 4 to 7 of 7) decides nothing
+    fitness = np.array([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    shuffled = np.array([7.0, 6.0, 5.0, 1.0, 2.0, 3.0, 4.0])
+    for active, same in ((False, True), (True, False)):
+        asked = []
+        for told in (fitness, shuffled):
+            optimizer = CMAES(LOW, HIGH, X0, seed=0, active=active)
+            optimizer.tell(optimizer.ask(), told)
+            asked.append(run(optimizer, sphere, 5)[-1])
+        assert np.allclose(*asked, rtol=0, atol=1e-9) is same
+
+
+def test_random_search_keeps_the_best_and_repeats_by_seed() -> None:
+    optimizer = RandomSearch(LOW, HIGH, X0, seed=0)
+    assert optimizer.mean.tolist() == X0.tolist()
+    run(optimizer, lambda g: np.full(len(g), math.nan), 1)
+    assert optimizer.mean.tolist() == X0.tolist()
+    asked = np.concatenate(run(optimizer, sphere, 20))
+    assert optimizer.mean.tolist() == asked[np.argmax(sphere(asked))].tolist()
+    assert (asked >= LOW).all() and (asked <= HIGH).all()
+    assert asked.mean(axis=0) == pytest.approx((LOW + HIGH) / 2, abs=0.3)
+    again = RandomSearch(LOW, HIGH, X0, seed=0)
+    again.tell(again.ask(), np.zeros(7))
+    assert np.array_equal(again.ask(), asked[:7])
+
+
+def test_cma_beats_random_search_at_equal_cost() -> None:
+    scores = []
+    for make in (CMAES, RandomSearch):
+        optimizers: list[Optimizer] = [make(LOW, HIGH, X0, seed=s) for s in range(5)]
+        for optimizer in optimizers:
+            run(optimizer, sphere, 30)
+        scores.append([float(sphere(o.mean[None])[0]) for o in optimizers])
+    assert min(scores[0]) > max(scores[1])
+
+
+def test_importing_search_imports_neither_cma_nor_torch() -> None:
+    code = "import sys, shoal.search; sys.exit(bool({'cma', 'torch', 'scipy.stats'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
