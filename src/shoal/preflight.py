@@ -1,0 +1,387 @@
+"""From a recipe to a lock: everything that can be wrong is found here, before any heavy work.
+
+Order of checks, cheapest first: method and space, configurations and tokenizers of all models, tasks, metrics and
+splits; only then weights are fetched and compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import CheckpointError, RecipeError, nearest
+from shoal.evals.catalogue import Catalogue
+from shoal.lock import Lock, ModelLock, Seeds, new_lock
+from shoal.merge.methods import Method, method
+from shoal.models import ResolvedModel, check_files, resolve_models
+from shoal.recipe import Recipe, parse_model
+from shoal.roles import lock_tasks
+from shoal.search.optimizer import default_popsize, default_sigma0
+from shoal.search.plans import parent_plan, uniform_merge_plan
+from shoal.search.power import detectable_difference
+from shoal.search.space import Space, make_space
+from shoal.types import ROLES, MergePlan, ModelRef, TensorGroup
+
+Say = Callable[[str], None]
+DISCORDANT = 0.2  # share of test items on which two merges differ, assumed for the power statement
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that can be run: its lock, its space, and the plans of its baselines by name."""
+
+    recipe: Recipe
+    lock: Lock
+    space: Space
+    groups: tuple[TensorGroup, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def generations(self) -> int:
+        return self.recipe.search.budget // self.lock.popsize
+
+    def baselines(self) -> dict[str, tuple[str, MergePlan]]:
+        """Name -> (kind, plan) of every parent and of the uniform merge, in table order."""
+        names = [model.name for model in self.lock.models]
+        plans: dict[str, tuple[str, MergePlan]] = {
+            name: ("parent", parent_plan(self.groups, names, index, self.lock.dtype))
+            for index, name in enumerate(names)
+        }
+        merged = list(self.lock.sources)
+        if len(merged) == 1 and self.lock.base is not None:
+            merged = [self.lock.base, *merged]  # slerp and its kind merge the base itself
+        plans["uniform merge"] = ("uniform", uniform_merge_plan(self.groups, names, merged, self.lock.dtype))
+        return plans
+
+
+def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None) -> Prepared:
+    """Resolve and check a recipe whose relative paths are relative to `folder`.
+
+    Raises:
+        RecipeError, CheckpointError, EvaluationError: one clear message each.
+    """
+    chosen = _check_method(recipe)
+    refs = _refs(recipe, folder)
+    _check_tokenizer_source(recipe, refs)
+    small = resolve_models(refs, say, weights=False)
+    _check_configs(small)
+    include = resolve_include_path(recipe.evaluation.include_path, folder, say)
+    say("checking tasks")
+    tasks = lock_tasks(recipe, open_catalogue(include))
+    if recipe.search.objective == "metric":
+        _check_metric_objective(recipe, open_catalogue(include))
+    models = resolve_models(refs, say)
+    say("checking models")
+    _check_tokenizers(models)
+    notes: list[str] = []
+    groups = _groups(models, notes)
+    base = 0 if recipe.base_model is not None else None
+    sources = tuple(range(0 if base is None else 1, len(models)))
+    dtype = recipe.merge.dtype or _own_dtype(models[0])
+    names = [model.name for model in models]
+    space = _space(recipe, chosen, groups, names, base, sources, dtype)
+    popsize = recipe.search.popsize or default_popsize(space.size)
+    if recipe.search.budget < popsize:
+        raise RecipeError(
+            f"search.budget: {recipe.search.budget} candidates are less than one generation of {popsize};"
+            f" set search.budget to at least {popsize} or search.popsize to less"
+        )
+    seed = recipe.search.seed
+    lock = new_lock(
+        recipe,
+        models=tuple(model.lock() for model in models),
+        base=base,
+        sources=sources,
+        tokenizer=_tokenizer_index(recipe, refs),
+        operator=f"{chosen.name}@{chosen.version}",
+        dtype=dtype,
+        genes=space.names,
+        popsize=popsize,
+        sigma0=recipe.search.sigma0 or default_sigma0(space.size),
+        seeds=Seeds(
+            search=seed, items=seed, masks=seed, fewshot=recipe.evaluation.fewshot_seed, bootstrap=seed
+        ),
+        include_path=None if include is None else str(include),
+        tasks=tasks,
+    )
+    return Prepared(recipe, lock, space, groups, tuple(notes))
+
+
+def restore(recipe: Recipe, lock: Lock, say: Say = lambda text: None) -> Prepared:
+    """The same from an existing lock: nothing is looked up anew, files must be those that the lock names."""
+    say("checking that models and tasks are those of the lock")
+    for model in lock.models:
+        check_files(model)
+    groups = groups_of(lock.models)
+    names = [model.name for model in lock.models]
+    space = _space(recipe, method(lock.operator), groups, names, lock.base, lock.sources, lock.dtype)
+    if space.names != lock.genes:
+        raise RecipeError(
+            "the genes of this version of shoal differ from the lock's; use the version that the lock names"
+        )
+    return Prepared(recipe, lock, space, groups)
+
+
+def groups_of(models: Sequence[ModelLock]) -> tuple[TensorGroup, ...]:
+    """Tensor groups of locked models (of the first one: all have the same)."""
+    from shoal.merge.adapter import open_parent
+    from shoal.merge.groups import tensor_groups
+
+    first = models[0]
+    return tensor_groups(
+        open_parent(Path(first.folder), None if first.adapter is None else Path(first.adapter))
+    )
+
+
+@lru_cache(maxsize=4)
+def open_catalogue(include_path: Path | None) -> Catalogue:
+    """One catalogue per include path and process: an index of lm-eval's tasks takes seconds."""
+    return Catalogue(include_path)
+
+
+def describe(prepared: Prepared) -> list[tuple[str, str]]:
+    """What the run would do, as (topic, sentence) rows for `shoal validate`."""
+    recipe, lock, space = prepared.recipe, prepared.lock, prepared.space
+    rows = []
+    for index, model in enumerate(lock.models):
+        kind = "base" if index == lock.base else "source"
+        rows.append((kind, f"{model.name} ({model.ref})" if model.name != model.ref else model.name))
+    rows.append(
+        (
+            "method",
+            f"{lock.operator}, weights written as {lock.dtype}, scored as {_compute_dtype(recipe, lock)}",
+        )
+    )
+    rows.append(("space", f"{space.shape}, {space.size} genes"))
+    for parameter, name, low, high in space.ranges():
+        rows.append(
+            (
+                "",
+                f"{parameter} of {name}: {low:.3g} to {high:.3g} per layer"
+                if name
+                else f"{parameter}: {low:.3g} to {high:.3g} per layer",
+            )
+        )
+    for task in lock.tasks:
+        places = {
+            role: f"{len(task.roles[role].items)} {role} ({task.roles[role].task} {task.roles[role].split})"
+            for role in ROLES
+        }
+        rows.append(
+            (
+                "task",
+                f"{task.task}: {task.metric}, weight {task.weight:g}, {task.num_fewshot}-shot; {', '.join(places.values())}",
+            )
+        )
+        if task.search_on_eval_split:
+            rows.append(
+                (
+                    "",
+                    f"the recipe allows a search on the split that lm-eval scores ({task.eval_split}); the claim will say so",
+                )
+            )
+    count = prepared.generations * lock.popsize
+    rows.append(
+        (
+            "search",
+            f"{count} candidates: {prepared.generations} generations of {lock.popsize}, {recipe.search.items} items per task and generation",
+        )
+    )
+    anchors = len(lock.models) + 1
+    pool = sum(len(task.roles["search"].items) for task in lock.tasks)
+    rows.append(("anchors", f"{len(lock.models)} parents and the uniform merge on all {pool} search items"))
+    spent = (
+        count * sum(min(recipe.search.items, len(task.roles["search"].items)) for task in lock.tasks)
+        + anchors * pool
+    )
+    rows.append(("cost", f"{spent} item evaluations before selection and test"))
+    n, gain = test_power(lock)
+    rows.append(
+        (
+            "claim",
+            f"{n} test items can show a gain of {100 * gain:.1f} points or more (80% power, 95% confidence, {DISCORDANT:.0%} discordant items)",
+        )
+    )
+    rows += [("note", note) for note in prepared.notes]
+    return rows
+
+
+def test_power(lock: Lock) -> tuple[int, float]:
+    """Number of test items and the smallest gain in the overall score that they can show."""
+    total = sum(task.weight for task in lock.tasks)
+    counts = [len(task.roles["test"].items) for task in lock.tasks]
+    variance = math.fsum((task.weight / total) ** 2 / n for task, n in zip(lock.tasks, counts, strict=True))
+    return sum(counts), detectable_difference(max(1, round(1 / variance)), discordant=DISCORDANT)
+
+
+def _compute_dtype(recipe: Recipe, lock: Lock) -> str:
+    wanted = recipe.evaluation.model_args.get("dtype", "auto")
+    return lock.dtype if wanted == "auto" else str(wanted)
+
+
+def _check_method(recipe: Recipe) -> Method:
+    chosen = method(recipe.merge.method)
+    if chosen.base == "required" and recipe.base_model is None:
+        raise RecipeError(f"merge.method {chosen.name!r} needs base_model, found none")
+    if chosen.base == "none" and recipe.base_model is not None:
+        raise RecipeError(
+            f"merge.method {chosen.name!r} has no base; list {recipe.base_model!r} under models if it is to be merged,"
+            " and remove base_model"
+        )
+    count = len(recipe.models)
+    if count < chosen.min_sources or (chosen.max_sources is not None and count > chosen.max_sources):
+        wanted = (
+            f"{chosen.min_sources}"
+            if chosen.max_sources == chosen.min_sources
+            else (
+                f"at least {chosen.min_sources}"
+                if chosen.max_sources is None
+                else f"{chosen.min_sources} to {chosen.max_sources}"
+            )
+        )
+        raise RecipeError(
+            f"merge.method {chosen.name!r} merges {wanted} models beside the base, found {count}"
+        )
+    if count < 2 and recipe.base_model is None:
+        raise RecipeError("models: a merge needs at least two models, found 1")
+    known = {spec.name for spec in chosen.parameters}
+    for name in recipe.merge.parameters:
+        if name not in known and name not in chosen.options:
+            raise RecipeError(
+                f"merge.parameters: {chosen.name!r} has no parameter {name!r}; {nearest(name, [*known, *chosen.options])}"
+            )
+    return chosen
+
+
+def _refs(recipe: Recipe, folder: Path) -> list[ModelRef]:
+    texts = ([recipe.base_model] if recipe.base_model else []) + list(recipe.models)
+    return [parse_model(text, folder) for text in texts]
+
+
+def resolve_include_path(text: str | None, folder: Path, say: Say) -> Path | None:
+    """The folder of an include path, relative to `folder`; `zoo:tiny/tasks` is built where it is missing."""
+    if text is None:
+        return None
+    if text.startswith("zoo:"):
+        from shoal import zoo
+
+        name, _, member = text.removeprefix("zoo:").partition("/")
+        if member != "tasks":
+            raise RecipeError(f"evaluation.include_path: {text!r}: the tasks of a zoo are 'zoo:{name}/tasks'")
+        return zoo.tasks_path(name, progress=lambda step, share: say(f"zoo {name}: {step}"))
+    return (folder / Path(text).expanduser()).resolve()
+
+
+def _check_configs(models: Sequence[ResolvedModel]) -> None:
+    """Compare what config.json says of the shapes, before any weights are fetched."""
+    fields = (
+        "architectures",
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "vocab_size",
+    )
+    configs = []
+    for model in models:
+        path = model.folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"model {model.ref}: expected config.json in {model.folder}, found none")
+        configs.append(json.loads(path.read_text(encoding="utf-8")))
+    for model, config in zip(models[1:], configs[1:], strict=True):
+        for field in fields:
+            expected, found = configs[0].get(field), config.get(field)
+            if expected != found:
+                raise CheckpointError(
+                    f"model {model.ref}: {field} is {found}, expected {expected} as in {models[0].ref};"
+                    " only models of one architecture and size can be merged"
+                )
+
+
+def _check_tokenizers(models: Sequence[ResolvedModel]) -> None:
+    from shoal.merge.compatible import check_tokenizers
+
+    check_tokenizers([(model.name, model.folder) for model in models])
+
+
+def _groups(models: Sequence[ResolvedModel], notes: list[str]) -> tuple[TensorGroup, ...]:
+    from shoal.merge.adapter import open_parent
+    from shoal.merge.compatible import check_compatible
+    from shoal.merge.groups import tensor_groups
+
+    parents = [open_parent(model.folder, model.adapter) for model in models]
+    check_compatible([(model.name, parent) for model, parent in zip(models, parents, strict=True)])
+    return tensor_groups(parents[0], notes)
+
+
+def _own_dtype(model: ResolvedModel) -> str:
+    from shoal.merge.adapter import open_parent
+
+    parent = open_parent(model.folder)
+    counts: dict[str, int] = {}
+    for name in parent.names:
+        kind = str(parent.dtype(name)).removeprefix("torch.")
+        counts[kind] = counts.get(kind, 0) + math.prod(parent.shape(name))
+    return max(counts, key=lambda kind: counts[kind])
+
+
+def _space(
+    recipe: Recipe,
+    chosen: Method,
+    groups: tuple[TensorGroup, ...],
+    names: Sequence[str],
+    base: int | None,
+    sources: Sequence[int],
+    dtype: str,
+) -> Space:
+    spec = recipe.space
+    fixed: Mapping[str, Any] = {**chosen.options, **recipe.merge.parameters}
+    return make_space(
+        spec.shape,
+        groups,
+        names,
+        base,
+        sources,
+        f"{chosen.name}@{chosen.version}",
+        chosen.parameters,
+        tensor_types=spec.tensor_types,
+        blocks=spec.blocks,
+        coefficients=spec.coefficients,
+        bounds=spec.bounds,
+        fixed=fixed,
+        dtype=dtype,
+        seed=recipe.search.seed,
+    )
+
+
+def _check_tokenizer_source(recipe: Recipe, refs: Sequence[ModelRef]) -> None:
+    _tokenizer_index(recipe, refs)
+
+
+def _tokenizer_index(recipe: Recipe, refs: Sequence[ModelRef]) -> int:
+    """Index of the model whose tokenizer is used and written out. `union` equals `base`: vocabularies must agree."""
+    wanted = recipe.output.tokenizer_source
+    if wanted in ("base", "union"):
+        return 0
+    texts = ([recipe.base_model] if recipe.base_model else []) + list(recipe.models)
+    if wanted not in texts:
+        raise RecipeError(
+            f"output.tokenizer_source: {wanted!r} is no model of this recipe; {nearest(wanted, ['base', 'union', *texts])}"
+        )
+    return texts.index(wanted)
+
+
+def _check_metric_objective(recipe: Recipe, catalogue: Catalogue) -> None:
+    for spec in recipe.tasks:
+        source = catalogue.load(spec.task)
+        metric = source.metric(spec.metric)
+        if source.aggregation(metric.key) is not None:
+            raise RecipeError(
+                f"task {spec.task!r}: metric {metric.key!r} is no mean over items, so it cannot be a search objective;"
+                " use search.objective: smooth"
+            )

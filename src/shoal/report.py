@@ -1,0 +1,200 @@
+"""What a run shows at its end: the table of parents, uniform merge and winner, and two plots as PNG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from shoal.errors import RunError
+from shoal.folder import RunFolder
+from shoal.journal import Journal
+from shoal.lock import Lock
+from shoal.preflight import restore
+from shoal.recipe import Recipe
+
+_VERDICT_STYLE = {"beats": "bold green", "ties": "yellow", "worse": "bold red", "underpowered": "yellow"}
+
+
+def load_result(run: Path) -> dict[str, Any]:
+    """result.json of a finished run.
+
+    Raises:
+        RunError: there is none.
+    """
+    path = RunFolder(run).result
+    if not path.is_file():
+        raise RunError(f"{run}: no finished run here (expected {path.name}); continue it with `shoal evolve`")
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def result_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the final table; scores in percent, differences in points with 95% intervals."""
+    tasks = list(result["winner"]["tasks"])
+    overall = {c["against"]: c for c in result["comparisons"] if "task" not in c}
+    header = ["", *tasks, "overall", "winner's lead", "95% interval"]
+    rows = []
+    for entry in result["baselines"]:
+        c = overall[entry["name"]]
+        rows.append(
+            [
+                f"{entry['name']} ({entry['kind']})" if entry["kind"] == "parent" else entry["name"],
+                *(f"{100 * entry['tasks'][task]:.1f}" for task in tasks),
+                f"{100 * entry['score']:.1f}",
+                f"{100 * c['difference']:+.1f}",
+                f"{100 * c['low']:+.1f} to {100 * c['high']:+.1f}",
+            ]
+        )
+    winner = result["winner"]
+    rows.append(
+        [
+            f"winner ({winner['id']})",
+            *(f"{100 * winner['tasks'][task]:.1f}" for task in tasks),
+            f"{100 * winner['score']:.1f}",
+            "",
+            "",
+        ]
+    )
+    return header, rows
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    header, rows = result_rows(result)
+    table = Table(title=f"{result['name']}: {result['test_items']} held-out test items", title_justify="left")
+    table.add_column(header[0], no_wrap=True)
+    for name in header[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows[:-1]:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*rows[-1], style="bold")
+    return table
+
+
+def result_words(result: dict[str, Any]) -> list[str]:
+    """The lines under the table: verdict and claim, search against test score, cost."""
+    cost, winner = result["cost"], result["winner"]
+    seconds = cost["seconds"]
+    return [
+        f"verdict: {result['verdict']}: {result['claim']}",
+        f"search score {100 * winner['search_score']:.1f}, selection {100 * winner['select_score']:.1f}, test {100 * winner['score']:.1f}",
+        "cost: "
+        + f"{cost['candidates']} candidates, {cost['item_evaluations']} item evaluations, {seconds['total']:.0f} s"
+        + f" (merge {seconds['merge']:.1f}, score {seconds['score']:.1f}, rest {seconds['rest']:.1f})",
+    ]
+
+
+def verdict_style(result: dict[str, Any]) -> str:
+    return _VERDICT_STYLE[result["verdict"]]
+
+
+def write_plots(run: Path) -> list[Path]:
+    """convergence.png and weights.png of a run, in its folder."""
+    folder = RunFolder(run)
+    recipe, lock = folder.open()
+    journal = Journal(folder.journal)
+    try:
+        return [_convergence(folder, lock, journal), *_heat_map(folder, recipe, lock, journal)]
+    finally:
+        journal.close()
+
+
+def _figure(width: float, height: float) -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def _convergence(folder: RunFolder, lock: Lock, journal: Journal) -> Path:
+    figure, axes = _figure(7, 4)
+    tells = journal.tells()
+    points = [(g, f) for g, told in tells.items() for f in told.values() if f is not None]
+    axes.scatter(
+        [g + 1 for g, _ in points],
+        [f for _, f in points],
+        s=14,
+        color="#7a8ca0",
+        alpha=0.6,
+        linewidths=0,
+        label="candidates",
+    )
+    kept = {g: [f for f in told.values() if f is not None] for g, told in tells.items()}
+    generations = [g for g in kept if kept[g]]
+    axes.plot(
+        [g + 1 for g in generations], [max(kept[g]) for g in generations], color="#0b6e4f", lw=2, label="best"
+    )
+    axes.plot(
+        [g + 1 for g in generations],
+        [sum(kept[g]) / len(kept[g]) for g in generations],
+        color="#d1495b",
+        lw=2,
+        label="mean",
+    )
+    axes.axhline(0, color="black", lw=1, ls="--", label="best parent or uniform merge")
+    if points:
+        values = sorted(f for _, f in points)
+        # a few hopeless candidates must not flatten the rest of the plot
+        low = min(values[len(values) // 20], 0.0)
+        span = max(values[-1], 0.0) - low or 1.0
+        axes.set_ylim(low - 0.1 * span, max(values[-1], 0.0) + 0.1 * span)
+    axes.set_xlabel(f"generation ({lock.popsize} candidates each)")
+    axes.set_ylabel("gain on search items\n(in spreads of the anchors)")
+    axes.set_title("Search progress", loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, folder.path / "convergence.png")
+
+
+def _heat_map(folder: RunFolder, recipe: Recipe, lock: Lock, journal: Journal) -> list[Path]:
+    """The winner's parameters over layers; nothing where the winner has no genome (a parent, the uniform merge)."""
+    result = load_result(folder.path)
+    row = journal.candidate(result["winner"]["id"])
+    if row is None or row.genome is None:
+        return []
+    table = restore(recipe, lock).space.values(np.array(row.genome))
+    values = np.asarray(table.values, dtype=float)
+    figure, axes = _figure(max(6.0, 1.6 + 0.42 * len(table.columns)), 1.4 + 0.5 * len(table.rows))
+    top = float(np.nanmax(np.abs(values))) or 1.0
+    image = axes.imshow(values, cmap="RdBu", vmin=-top, vmax=top, aspect="auto")
+    axes.set_xticks(range(len(table.columns)), table.columns, fontsize=8)
+    axes.set_yticks(range(len(table.rows)), table.rows, fontsize=8)
+    if len(table.columns) <= 16:
+        _annotate(axes, values, top)
+    axes.set_xlabel("layer")
+    axes.set_title(f"The winner's parameters ({row.id})", loc="left")
+    figure.colorbar(image, ax=axes, shrink=0.9)
+    return [_save(figure, folder.path / "weights.png")]
+
+
+def _annotate(axes: Any, values: Any, top: float) -> None:
+    for i, line in enumerate(values):
+        for j, value in enumerate(line):
+            if not np.isnan(value):
+                colour = "white" if abs(value) > 0.6 * top else "black"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+
+
+def markdown_table(result: dict[str, Any]) -> str:
+    """The final table as Markdown, for README and docs/runs."""
+    header, rows = result_rows(result)
+    lines = [_line(header), _line(["---"] + ["---:"] * (len(header) - 1)), *map(_line, rows)]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,188 @@
+"""The worker of this process: loads models and tasks from the lock, merges into one resident model and scores it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import EvaluationError, ShoalError
+from shoal.lock import Lock, RoleLock, TaskLock
+from shoal.preflight import groups_of, open_catalogue
+from shoal.recipe import EvaluationSpec, Recipe
+from shoal.types import ROLES, Capabilities, Completed, Failed, Job, MergePlan, Role
+
+# lm-eval's `hf` model arguments that concern the model object rather than how it is scored; ours are set here
+_LOADING = ("dtype", "device", "trust_remote_code")
+
+
+class LocalWorker:
+    """One resident model in this process. Jobs are done one after the other, when polled for.
+
+    device: `cpu`, `cuda`, `cuda:1`, ... or `auto`.
+    """
+
+    def __init__(
+        self, recipe: Recipe, lock: Lock, device: str = "auto", say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        import torch
+
+        from shoal.evals.quiet import quiet_libraries
+        from shoal.evals.resident import ResidentLM
+        from shoal.evals.scorer import Scorer
+        from shoal.merge.adapter import open_parent
+        from shoal.merge.resident import Merger
+        from shoal.merge.runtime import load_runtime
+        from shoal.tokenizer import load_tokenizer
+
+        self._recipe, self._lock = recipe, lock
+        self.device = torch.device(resolve_device(device))
+        arguments = dict(recipe.evaluation.model_args)
+        loading = {key: arguments.pop(key) for key in _LOADING if key in arguments}
+        if loading.pop("trust_remote_code", False):
+            raise EvaluationError(
+                "evaluation.model_args.trust_remote_code: code from models is not run by shoal"
+            )
+        dtype = loading.pop("dtype", "auto")
+        loading.pop("device", None)
+        say("loading models")
+        parents = [
+            open_parent(Path(model.folder), None if model.adapter is None else Path(model.adapter))
+            for model in lock.models
+        ]
+        with quiet_libraries():
+            model = load_runtime(
+                Path(lock.models[0].folder), lock.dtype if dtype == "auto" else str(dtype), str(self.device)
+            )
+        self._merger = Merger(parents, groups_of(lock.models), model, str(self.device))
+        self.notes = tuple(self._merger.notes)
+        tokenizer = load_tokenizer(Path(lock.models[lock.tokenizer].folder), recipe.output.chat_template)
+        with quiet_libraries():
+            self._lm = ResidentLM(model, tokenizer, recipe.evaluation.batch_size, **arguments)
+        say("building requests")
+        self._scorer = Scorer(self._lm, plan_tasks(lock, recipe.evaluation, self._lm))
+        self._jobs: list[Job] = []
+
+    def submit(self, job: Job) -> str:
+        self._jobs.append(job)
+        return job.candidate
+
+    def cancel(self, candidate: str) -> None:
+        self._jobs = [job for job in self._jobs if job.candidate != candidate]
+
+    def capabilities(self) -> Capabilities:
+        import torch
+
+        name = str(self.device)
+        if self.device.type == "cuda":
+            name = f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+        return Capabilities(device=name, slots=1)
+
+    def close(self) -> None:
+        self._jobs = []
+
+    def poll(self) -> Completed | Failed:
+        """Do the oldest job. An exception of merging or scoring is a Failed; an interrupt is not caught."""
+        job = self._jobs.pop(0)
+        start = time.perf_counter()
+        try:
+            self._merger.materialize(job.plan, canonical=job.canonical)
+            self._synchronize()
+            merged = time.perf_counter()
+            scores, events = self._scorer.score(job.items, job.generate)
+            self._synchronize()
+        except Exception as error:  # noqa: BLE001 (one broken candidate must not end a run)
+            return Failed(job.candidate, describe_error(error), time.perf_counter() - start)
+        return Completed(
+            job.candidate, tuple(scores), merged - start, time.perf_counter() - merged, tuple(events)
+        )
+
+    def weights(self, plan: MergePlan) -> Iterable[tuple[str, Any]]:
+        """The canonical weights of a plan as (checkpoint name, tensor)."""
+        return self._merger.tensors(plan)
+
+    def _synchronize(self) -> None:
+        """Seconds are of finished work: a GPU works on while Python goes ahead."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def resolve_device(device: str) -> str:
+    """`auto`: the first GPU where there is one.
+
+    Raises:
+        EvaluationError: a device that torch does not know or this machine does not have.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise EvaluationError(f"device {device!r}: expected auto, cpu, cuda or cuda:N") from None
+    if wanted.type == "cuda" and (
+        not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()
+    ):
+        raise EvaluationError(
+            f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
+    return device
+
+
+def plan_tasks(lock: Lock, evaluation: EvaluationSpec, lm: Any) -> Mapping[tuple[str, Role], Any]:
+    """Requests of all roles of all locked tasks; roles that share a split share one build."""
+    from shoal.evals.requests import PromptSpec, build_requests
+    from shoal.evals.scorer import PlannedTask
+
+    prompts = PromptSpec(
+        fewshot_seed=lock.seeds.fewshot,
+        system_instruction=evaluation.system_instruction,
+        apply_chat_template=evaluation.apply_chat_template,
+        fewshot_as_multiturn=evaluation.fewshot_as_multiturn,
+        chat_template=lm.apply_chat_template,
+        tokenizer_name=lm.tokenizer_name,
+    )
+    planned: dict[tuple[str, Role], PlannedTask] = {}
+    for task in lock.tasks:
+        by_split: dict[tuple[str, str], list[Role]] = {}
+        for role in ROLES:
+            by_split.setdefault((task.roles[role].task, task.roles[role].split), []).append(role)
+        for (name, split), roles in by_split.items():
+            source = open_catalogue(None if lock.include_path is None else Path(lock.include_path)).load(name)
+            source.set_fewshot(task.num_fewshot)
+            if evaluation.gen_kwargs and source.output_type == "generate_until":
+                source.task.set_config(
+                    key="generation_kwargs", value=dict(evaluation.gen_kwargs), update=True
+                )
+            _restore_fewshot(source, task)
+            hashes = {i: h for role in roles for i, h in _items(task.roles[role])}
+            requests = build_requests(source, split, hashes, prompts, hashes)
+            for role in roles:
+                planned[task.task, role] = PlannedTask(
+                    source, {i: requests[i] for i in task.roles[role].items}
+                )
+    return planned
+
+
+def _items(role: RoleLock) -> Iterable[tuple[int, str]]:
+    return zip(role.items, role.hashes, strict=True)
+
+
+def _restore_fewshot(source: Any, task: TaskLock) -> None:
+    """Few-shot examples only from the items that the lock sets aside, where it names some."""
+    from shoal.evals.catalogue import doc_hash
+
+    if task.fewshot_hashes is None:
+        return
+    wanted = set(task.fewshot_hashes)
+    source.replace_fewshot_docs([doc for doc in source.fewshot_docs() if doc_hash(doc) in wanted])
+
+
+def describe_error(error: BaseException) -> str:
+    """One line for the journal: our own errors as they are, others with their type."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+    return text if isinstance(error, ShoalError) else f"{type(error).__name__}: {text}"
