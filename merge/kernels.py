@@ -169,22 +169,20 @@ def elect_signs(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float]
         plus.add_(part.clamp(min=0))
         minus.add_(part.clamp(max=0))
         if options["normalize"]:
-            plus_weight.add_((part > 0) * weight)
-            minus_weight.add_((part < 0) * weight)
+            sign = part.sign()  # float arithmetic is several times faster here than masks
+            plus_weight.add_(sign.clamp(min=0).mul_(weight))
+            minus_weight.add_(sign.clamp_(max=0).mul_(-weight))
     positive = vote >= 0
     mixed = torch.where(positive, plus, minus)
     if options["normalize"]:
         divisor = torch.where(positive, plus_weight, minus_weight)
-        divisor[divisor == 0] = 1
+        divisor.add_(divisor == 0)
         mixed.div_(divisor)
     return _add(base, mixed, options)
 
 
-def slerp_coefficients(base: Tensor, source: Tensor, t: float) -> tuple[float, float]:
-    """Weights of the two whole tensors (any dtype, flat) on the great circle between them.
-
-    Straight line where they are nearly parallel (|cos| > 0.9995); norms up to 1e-8 count as 1, as in mergekit.
-    """
+def cosine(base: Tensor, source: Tensor) -> float:
+    """Cosine of the angle between two whole tensors (any dtype, flat); norms up to 1e-8 count as 1, as in mergekit."""
     dot = norm_a = norm_b = 0.0
     for part in chunks(base.numel()):
         a, b = base[part].to(torch.float64), source[part].to(torch.float64)
@@ -192,10 +190,14 @@ def slerp_coefficients(base: Tensor, source: Tensor, t: float) -> tuple[float, f
         norm_a += tree_sum(a * a)
         norm_b += tree_sum(b * b)
     length_a, length_b = (x if x > 1e-8 else 1.0 for x in (math.sqrt(norm_a), math.sqrt(norm_b)))
-    cosine = max(-1.0, min(1.0, dot / length_a / length_b))
-    if abs(cosine) > 0.9995:
+    return max(-1.0, min(1.0, dot / length_a / length_b))
+
+
+def slerp_coefficients(cos: float, t: float) -> tuple[float, float]:
+    """Weights of base and source on the great circle; a straight line where they are nearly parallel (0.9995)."""
+    if abs(cos) > 0.9995:
         return 1.0 - t, t
-    theta = math.acos(cosine)
+    theta = math.acos(cos)
     return math.sin((1.0 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
 
 

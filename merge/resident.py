@@ -128,15 +128,14 @@ class Merger:
         base = None
         if chosen.base != "none" and plan.base is not None:
             base = self._tensor(plan.base, name, device).reshape(-1)
+        origins = [(s.model, self._name(s.group, group, index)) for s in group.sources]
         self._merger.merge(
             chosen.name,
             name,
             base,
-            [
-                self._tensor(s.model, self._name(s.group, group, index), device).reshape(-1)
-                for s in group.sources
-            ],
-            [s.model for s in group.sources],
+            [self._tensor(model, tensor, device).reshape(-1) for model, tensor in origins],
+            origins,
+            plan.base,
             resolved(group),
             out.view(-1),
             plan.seed,

@@ -15,7 +15,7 @@ from torch import Tensor
 from shoal.merge import kernels
 from shoal.merge.methods import Resolved
 
-_Key = tuple[str, int, int, str, str]
+_Key = tuple[str, int, int | None, int, str, str, str]
 _Keep = Callable[[slice, Tensor], Tensor]
 
 
@@ -28,9 +28,10 @@ class TensorMerger:
     """
 
     mask_bytes: int = 1 << 30
-    # one entry per (kind of mask, seed, model, tensor, device), for the density used last
+    # one entry per (kind of mask, seed, base, model, its tensor, output tensor, device), for the density used last
     _thresholds: dict[_Key, tuple[float, tuple[float, int]]] = field(default_factory=dict, repr=False)
     _scales: dict[_Key, tuple[float, float]] = field(default_factory=dict, repr=False)
+    _cosines: dict[_Key, float] = field(default_factory=dict, repr=False)
     _masks: dict[_Key, tuple[float, Tensor]] = field(default_factory=dict, repr=False)
 
     def merge(
@@ -39,7 +40,8 @@ class TensorMerger:
         name: str,
         base: Tensor | None,
         sources: Sequence[Tensor],
-        models: Sequence[int],
+        origins: Sequence[tuple[int, str]],
+        base_model: int | None,
         parameters: Resolved,
         out: Tensor,
         seed: int = 0,
@@ -47,17 +49,25 @@ class TensorMerger:
     ) -> None:
         """Write the merge of flat tensors into flat `out`, rounded to `dtype` (default: out's), then to out's dtype.
 
-        name, models: of the output tensor and of each source's model, which key masks and thresholds.
+        name: of the output tensor. origins, base_model: model and tensor of each source, and the base's model; they
+        are the keys of what is remembered.
         """
         if not out.dtype.is_floating_point:
             out.copy_(sources[0] if base is None else base)  # counters, masks: nothing to interpolate
             return
         shared, per_source = parameters.shared, parameters.per_source
         weights = [p["weight"] for p in per_source if "weight" in p]
-        sparse = [] if base is None else self._sparse(method, name, base, sources, models, parameters, seed)
+        sparse = (
+            []
+            if base is None
+            else self._sparse(method, name, base, sources, origins, base_model, parameters, seed)
+        )
         if method == "slerp":
             assert base is not None
-            weights = list(kernels.slerp_coefficients(base, sources[0], float(shared["t"])))
+            key = ("slerp", 0, base_model, *origins[0], name, str(base.device))
+            if key not in self._cosines:
+                self._cosines[key] = kernels.cosine(base, sources[0])
+            weights = list(kernels.slerp_coefficients(self._cosines[key], float(shared["t"])))
         for part in kernels.steps(out):
             xs = [s[part].to(torch.float32) for s in sources]
             if method == "linear":
@@ -85,7 +95,8 @@ class TensorMerger:
         name: str,
         base: Tensor,
         sources: Sequence[Tensor],
-        models: Sequence[int],
+        origins: Sequence[tuple[int, str]],
+        base_model: int | None,
         parameters: Resolved,
         seed: int,
     ) -> list[tuple[_Keep | None, float]]:
@@ -93,7 +104,7 @@ class TensorMerger:
         if method not in ("ties", "dare_linear", "dare_ties"):
             return []
         result: list[tuple[_Keep | None, float]] = []
-        for source, model, values in zip(sources, models, parameters.per_source, strict=True):
+        for source, origin, values in zip(sources, origins, parameters.per_source, strict=True):
             density = values["density"]
             if density >= 1 or source.numel() == 0:
                 result.append((None, 1.0))
@@ -102,7 +113,8 @@ class TensorMerger:
                 result.append((lambda part, delta: torch.zeros_like(delta, dtype=torch.bool), 1.0))
                 continue
             # dare_linear and dare_ties draw the same masks
-            key = ("ties" if method == "ties" else "dare", seed, model, name, str(base.device))
+            kind = "ties" if method == "ties" else "dare"
+            key = (kind, seed, base_model, *origin, name, str(base.device))
             if method == "ties":
                 keep = self._top(key, base, source, density)
             else:
@@ -124,7 +136,7 @@ class TensorMerger:
         return lambda part, delta: kernels.keep_top(delta, part.start, threshold)
 
     def _random(self, key: _Key, source: Tensor, density: float) -> _Keep:
-        _, seed, model, name, _ = key
+        _, seed, _, model, _, name, _ = key
         stream = kernels.mask_key(seed, model, name)
 
         def draw(part: slice) -> Tensor:

@@ -156,7 +156,7 @@ def _bca(draws: Floats, point: float, acceleration: float, tail: float) -> tuple
         room = 1 - acceleration * (z0 + z)
         if room <= 0:
             return None
-        levels.append(float(ndtr((z0 + z) / room)))
+        levels.append(float(ndtr(z0 + (z0 + z) / room)))
     return levels[0], levels[1]
 
 

@@ -222,31 +222,29 @@ def zoo_smollm2(
 def _evolve(
     recipe_path: Path, run: Path | None, device: str, reopen_test: bool, save_weights: bool, quiet: bool
 ) -> None:
+    from shoal.api import evolve as evolve_run
     from shoal.progress import observer
     from shoal.recipe import load_recipe
-    from shoal.report import result_table, result_words, verdict_style, write_plots
-    from shoal.run import evolve as evolve_run
+    from shoal.report import PLOTS, result_table, result_words, verdict_style
 
-    recipe = load_recipe(recipe_path)
-    run = run or Path("runs") / recipe.name
+    run = run or Path("runs") / load_recipe(recipe_path).name
     console = _console()
     with observer(console, quiet) as seen:
         result = evolve_run(
-            recipe,
+            recipe_path,
             run,
-            base_folder=recipe_path.parent,
             device=device,
             reopen_test=reopen_test,
             save_weights=save_weights,
             observer=seen,
         )
-    plots = write_plots(run)
+    plots = [name for name in PLOTS if (run / name).is_file()]
     console.print(result_table(result))
     words = result_words(result)
     console.print(words[0], style=verdict_style(result), markup=False, highlight=False, soft_wrap=True)
     for line in [
         *words[1:],
-        f"in {run}: result.json, best/mergekit_config.yml, {', '.join(plot.name for plot in plots)}",
+        f"in {run}: result.json, best/mergekit_config.yml, {', '.join(plots)}",
     ]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not (run / "best" / "model").is_dir():

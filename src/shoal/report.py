@@ -17,6 +17,7 @@ from shoal.lock import Lock
 from shoal.preflight import restore
 from shoal.recipe import Recipe
 
+PLOTS = ("convergence.png", "weights.png")
 _VERDICT_STYLE = {"beats": "bold green", "ties": "yellow", "worse": "bold red", "underpowered": "yellow"}
 
 

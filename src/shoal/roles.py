@@ -184,6 +184,11 @@ def _without_tested(task: TaskLock, tested: set[str]) -> TaskLock:
             raise EvaluationError(
                 f"task {task.task!r}: no items left for {role} in split {lock.split!r} of {lock.task!r}"
             )
+        if role == "test" and len(set(lock.clusters)) < 2:
+            raise EvaluationError(
+                f"task {task.task!r}: its test items are one cluster; an interval needs at least two (split"
+                f" {lock.split!r} of {lock.task!r})"
+            )
         roles[role] = lock.model_copy(
             update={
                 name: tuple(getattr(lock, name)[i] for i in keep) for name in ("items", "hashes", "clusters")

@@ -90,6 +90,6 @@ def test_rescale_restores_the_l1_norm():
 
 def test_slerp_keeps_the_norm_and_goes_straight_between_parallels():
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    ca, cb = kernels.slerp_coefficients(a, b, 0.25)
+    ca, cb = kernels.slerp_coefficients(kernels.cosine(a, b), 0.25)
     assert ca * ca + cb * cb == pytest.approx(1.0)
-    assert kernels.slerp_coefficients(a, 2 * a, 0.25) == (0.75, 0.25)
+    assert kernels.slerp_coefficients(kernels.cosine(a, 2 * a), 0.25) == (0.75, 0.25)

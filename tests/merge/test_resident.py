@@ -165,3 +165,18 @@ def test_plans_that_do_not_belong_to_the_parents_are_refused(llamas, make_plan):
     )
     with pytest.raises(RecipeError, match="sum to 0"):
         list(merger.tensors(zero))
+
+
+@pytest.mark.parametrize("operator", ["slerp", "ties", "dare_linear"])
+def test_what_is_remembered_belongs_to_its_sources(operator, llamas, make_plan):
+    parents, groups = opened(llamas)
+    parameters = (lambda g, s: {}) if operator == "slerp" else None
+    plan = make_plan(groups, operator, models=4, sources=[1], source_parameters=parameters)
+    at = next(i for i, g in enumerate(plan.groups) if g.name == "layers.0.attn")
+    moved = replace(plan.groups[at], sources=(replace(plan.groups[at].sources[0], group="layers.1.attn"),))
+    other = replace(plan, groups=(*plan.groups[:at], moved, *plan.groups[at + 1 :]))
+    turned = replace(plan, base=2)
+    merger = Merger(parents, groups)
+    for each in (plan, other, turned, plan):
+        assert weights_sha256(merger.tensors(each)) == weights_sha256(Merger(parents, groups).tensors(each))
+    assert len({weights_sha256(merger.tensors(each)) for each in (plan, other, turned)}) == 3

@@ -56,7 +56,9 @@ def answer(skill: Skill, strings: Strings) -> Strings:
     return strings
 
 
-def questions(rng: np.random.Generator, count: int, habit: Habit) -> tuple[NDArray[np.int64], Strings, Strings]:
+def questions(
+    rng: np.random.Generator, count: int, habit: Habit
+) -> tuple[NDArray[np.int64], Strings, Strings]:
     """Training questions: the skill that is asked for (index into SKILLS), the strings, and the answers."""
     strings = draw(rng, count, held_out=False)
     asked = rng.choice(len(SKILLS), count, p=habit.ask)

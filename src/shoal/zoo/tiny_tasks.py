@@ -88,7 +88,11 @@ def _config(task: str, data: Path) -> dict[str, Any]:
             "generation_kwargs": {"until": ["\n"], "max_gen_toks": LENGTH + 2, "do_sample": False},
         },
         "tiny_sort": {"output_type": "loglikelihood", "doc_to_target": "{{answer}}"},
-        "tiny_choice": {"output_type": "multiple_choice", "doc_to_choice": "{{options}}", "doc_to_target": "gold"},
+        "tiny_choice": {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "{{options}}",
+            "doc_to_target": "gold",
+        },
     }
     return {
         "task": task,

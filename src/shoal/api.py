@@ -1,0 +1,45 @@
+"""The public functions behind `import shoal`: what the command line does, callable from Python and notebooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shoal.recipe import Recipe, load_recipe
+from shoal.report import write_plots
+from shoal.run import Observer
+from shoal.run import evolve as evolve_run
+
+
+def evolve(
+    recipe: Recipe | str | Path,
+    run: str | Path | None = None,
+    *,
+    device: str = "auto",
+    reopen_test: bool = False,
+    save_weights: bool = False,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Start or continue the run of a recipe; returns the content of RUN/result.json, plots are in RUN.
+
+    recipe: a file, or a loaded recipe (its relative paths are then relative to the working directory).
+    run: the run's folder, default `runs/NAME`. device: auto, cpu, cuda or cuda:N.
+    reopen_test: allow a larger budget after the test items were opened; the claim says how often they were.
+
+    Raises:
+        ShoalError: one clear message; everything that was finished is kept in the run folder.
+    """
+    folder = Path() if isinstance(recipe, Recipe) else Path(recipe).parent
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    where = Path("runs") / loaded.name if run is None else Path(run)
+    result = evolve_run(
+        loaded,
+        where,
+        base_folder=folder,
+        device=device,
+        reopen_test=reopen_test,
+        save_weights=save_weights,
+        observer=observer,
+    )
+    write_plots(where)
+    return result
