@@ -61,7 +61,7 @@ def write_model(
     CheckpointError when out_dir exists and is not empty, or the disk is full; then nothing is left behind.
     """
     config = read_json(Path(base_path) / "config.json", "the base's configuration")
-    template = _chat_template(chat_template, [*parent_paths] or [Path(tokenizer_path)])
+    template = chat_template_text(chat_template, [*parent_paths] or [Path(tokenizer_path)])
     with new_folder(out_dir) as folder:
         index = _write_shards(folder, tensors, max_shard_bytes)
         config["dtype"] = plan.dtype
@@ -143,7 +143,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: in
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _chat_template(wanted: str | None, paths: Sequence[Path]) -> str | None:
+def chat_template_text(wanted: str | None, paths: Sequence[Path]) -> str | None:
     """The template's text; mergekit's words: `auto`, a name, or the text itself. None keeps what is there."""
     if wanted is None:
         return None

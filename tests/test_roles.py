@@ -69,7 +69,8 @@ def test_few_shot_examples_are_disjoint_from_every_role(pico: Any) -> None:
     (own,) = locked(pico, {"task": "pico_choice", "num_fewshot": 2})
     assert own.fewshot_hashes is None  # lm-eval draws them from the training split, which no role uses
     (shared,) = locked(
-        pico, {"task": "pico_choice", "num_fewshot": 2, "search": {"split": "train"}, "select": {"split": "train"}}
+        pico,
+        {"task": "pico_choice", "num_fewshot": 2, "search": {"split": "train"}, "select": {"split": "train"}},
     )
     assert shared.fewshot_hashes
     used = {h for lock in shared.roles.values() for h in lock.hashes}

@@ -39,8 +39,12 @@ def content(run: Path) -> dict[str, list[Any]]:
     with sqlite3.connect(run / "journal.sqlite") as database:
         return {
             "candidates": database.execute("SELECT * FROM candidates ORDER BY asked").fetchall(),
-            "evaluations": database.execute("SELECT id, candidate, role, status, items FROM evaluations").fetchall(),
-            "scores": database.execute("SELECT * FROM scores ORDER BY candidate, role, task, item").fetchall(),
+            "evaluations": database.execute(
+                "SELECT id, candidate, role, status, items FROM evaluations"
+            ).fetchall(),
+            "scores": database.execute(
+                "SELECT * FROM scores ORDER BY candidate, role, task, item"
+            ).fetchall(),
             "tells": database.execute("SELECT * FROM tells ORDER BY generation").fetchall(),
         }
 
@@ -101,13 +105,17 @@ def test_the_result_holds_what_was_promised(finished: tuple[Path, dict[str, Any]
     assert len(per_task) == 2 * len(overall)
     cost = result["cost"]
     assert cost["candidates"] == 12
-    assert cost["seconds"]["total"] == pytest.approx(sum(cost["seconds"][k] for k in ("merge", "score", "rest")))
+    assert cost["seconds"]["total"] == pytest.approx(
+        sum(cost["seconds"][k] for k in ("merge", "score", "rest"))
+    )
     assert len(result["weights_sha256"]) == 64
     assert (run / "DONE").read_text().strip() == result["verdict"]
     assert "merge_method" in yaml.safe_load((run / "best" / "mergekit_config.yml").read_text())
 
 
-def test_the_same_lock_gives_the_same_run(pico: Any, finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_the_same_lock_gives_the_same_run(
+    pico: Any, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     again = evolve(recipe(pico), tmp_path / "again", device="cpu")
     assert stable(again) == stable(finished[1])
     assert content(tmp_path / "again") == content(finished[0])
@@ -153,7 +161,9 @@ def test_killed_three_times_a_run_ends_as_if_nothing_had_happened(
     journal.close()
 
 
-def test_ctrl_c_keeps_what_was_finished(pico: Any, finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_was_finished(
+    pico: Any, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     def interrupt(job: Job, count: int) -> None:
         if count == 8:
             raise KeyboardInterrupt
@@ -174,12 +184,22 @@ def test_a_second_process_is_refused(pico: Any, tmp_path: Path) -> None:
     assert not RunFolder(tmp_path / "run").started
 
 
-def test_another_recipe_is_refused_with_the_difference(pico: Any, finished: tuple[Path, dict[str, Any]]) -> None:
+def test_another_recipe_is_refused_with_the_difference(
+    pico: Any, finished: tuple[Path, dict[str, Any]]
+) -> None:
     before = content(finished[0])
     with pytest.raises(RunError, match=r"different recipe.*\n(.*\n)*-  seed: 1\n\+  seed: 2"):
-        evolve(recipe(pico, search={"budget": 12, "popsize": 4, "items": 16, "seed": 2}), finished[0], device="cpu")
+        evolve(
+            recipe(pico, search={"budget": 12, "popsize": 4, "items": 16, "seed": 2}),
+            finished[0],
+            device="cpu",
+        )
     with pytest.raises(RunError, match="the budget can only grow"):
-        evolve(recipe(pico, search={"budget": 8, "popsize": 4, "items": 16, "seed": 1}), finished[0], device="cpu")
+        evolve(
+            recipe(pico, search={"budget": 8, "popsize": 4, "items": 16, "seed": 1}),
+            finished[0],
+            device="cpu",
+        )
     assert content(finished[0]) == before
 
 
@@ -210,7 +230,11 @@ def test_a_larger_budget_continues_and_openings_are_counted(pico: Any, tmp_path:
 
 def test_a_failed_candidate_is_told_as_worst_and_the_run_goes_on(pico: Any, tmp_path: Path) -> None:
     def fail(job: Job, count: int) -> Failed | None:
-        return Failed(job.candidate, "broken on purpose", 0.0) if job.candidate in ("g000c01", "g001c03") else None
+        return (
+            Failed(job.candidate, "broken on purpose", 0.0)
+            if job.candidate in ("g000c01", "g001c03")
+            else None
+        )
 
     result = evolve(recipe(pico), tmp_path / "run", device="cpu", worker=meddled(fail))
     assert result["cost"]["failed"] == 2
@@ -235,7 +259,9 @@ def test_a_winner_that_is_a_baseline_ties(pico: Any, tmp_path: Path) -> None:
     result = evolve(recipe(pico), tmp_path / "run", device="cpu", worker=meddled(fail))
     assert result["verdict"] == "ties"
     assert result["winner"]["id"] in {b["name"] for b in result["baselines"]}
-    itself = next(c for c in result["comparisons"] if c["against"] == result["winner"]["id"] and "task" not in c)
+    itself = next(
+        c for c in result["comparisons"] if c["against"] == result["winner"]["id"] and "task" not in c
+    )
     assert (itself["difference"], itself["low"], itself["high"]) == (0.0, 0.0, 0.0)
     assert "no improvement" in result["claim"]
 
@@ -256,7 +282,9 @@ def test_a_model_that_changed_under_a_run_is_noticed(pico: Any, tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         evolve(mine, tmp_path / "run", device="cpu", worker=meddled(interrupt))
     weights = load_file(tmp_path / "left" / "model.safetensors")
-    save_file({k: v + 1 for k, v in weights.items()}, tmp_path / "left" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v + 1 for k, v in weights.items()}, tmp_path / "left" / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(CheckpointError, match=r"model.safetensors has sha256 .*, the run started with"):
         evolve(mine, tmp_path / "run", device="cpu")
 

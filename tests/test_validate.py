@@ -43,14 +43,26 @@ def adapter(tmp_path: Path) -> Path:
 
 BROKEN = {
     "unknown key": lambda p, **_: (p.recipe(serch={}), "unknown key 'serch'"),
-    "misspelt task": lambda p, **_: (changed(p, task="pico_choise"), "lm-eval knows no such task; did you mean 'pico_choice'"),
-    "metric not produced": lambda p, **_: (changed(p, metric="bleu"), "task 'pico_choice' does not produce metric 'bleu'"),
-    "layers do not match": lambda p, deeper, **_: (p.recipe(models=[str(deeper)]), "num_hidden_layers is 4, expected 3"),
+    "misspelt task": lambda p, **_: (
+        changed(p, task="pico_choise"),
+        "lm-eval knows no such task; did you mean 'pico_choice'",
+    ),
+    "metric not produced": lambda p, **_: (
+        changed(p, metric="bleu"),
+        "task 'pico_choice' does not produce metric 'bleu'",
+    ),
+    "layers do not match": lambda p, deeper, **_: (
+        p.recipe(models=[str(deeper)]),
+        "num_hidden_layers is 4, expected 3",
+    ),
     "missing file": lambda p, **_: (p.recipe(models=["./missing"]), "no such folder"),
     "bounds reversed": lambda p, **_: (p.recipe(space={"bounds": {"weight": [1, 0]}}), "low < high"),
     "budget 0": lambda p, **_: (p.recipe(search={"budget": 0}), "search.budget"),
     "duplicate model": lambda p, **_: (p.recipe(models=[str(p.model("left"))] * 2), "is named 2 times"),
-    "adapter without base": lambda p, adapter, **_: (p.recipe(models=[str(adapter)]), "this is a LoRA adapter, not a model"),
+    "adapter without base": lambda p, adapter, **_: (
+        p.recipe(models=[str(adapter)]),
+        "this is a LoRA adapter, not a model",
+    ),
     "YAML syntax error": lambda p, **_: ("name: [x\nmodels: y", "not valid YAML"),
     "wrong type": lambda p, **_: (p.recipe(search={"budget": "many"}), "found 'many' (str)"),
     "unknown method": lambda p, **_: (p.recipe(merge={"method": "lineer"}), "did you mean 'linear'"),
@@ -65,13 +77,21 @@ BROKEN = {
         p.recipe(merge={"method": "ties", "parameters": {"densty": 0.5}}),
         "did you mean 'density'",
     ),
-    "no folder of tasks": lambda p, **_: (p.recipe(evaluation={"include_path": "./nowhere"}), "no such folder"),
-    "tokenizer of a stranger": lambda p, **_: (p.recipe(output={"tokenizer_source": "org/x"}), "is no model of this recipe"),
+    "no folder of tasks": lambda p, **_: (
+        p.recipe(evaluation={"include_path": "./nowhere"}),
+        "no such folder",
+    ),
+    "tokenizer of a stranger": lambda p, **_: (
+        p.recipe(output={"tokenizer_source": "org/x"}),
+        "is no model of this recipe",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_recipe_is_one_clear_line(what: str, pico: Any, deeper: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_broken_recipe_is_one_clear_line(
+    what: str, pico: Any, deeper: Path, adapter: Path, tmp_path: Path
+) -> None:
     recipe, message = BROKEN[what](pico, deeper=deeper, adapter=adapter)
     result = validate(recipe, tmp_path)
     assert result.exit_code == 2

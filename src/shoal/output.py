@@ -58,7 +58,13 @@ def mergekit_yaml(lock: Lock, recipe: Recipe, plan: MergePlan) -> str:
     source = recipe.output.tokenizer_source
     if source not in ("base", "union"):
         source = references[lock.tokenizer]
-    return to_mergekit(plan, references, tokenizer_source=source, chat_template=recipe.output.chat_template)
+    return to_mergekit(
+        plan,
+        references,
+        tokenizer_source=source,
+        chat_template=recipe.output.chat_template,
+        parent=open_parents(lock)[0],
+    )
 
 
 def write_best(folder: Path, lock: Lock, recipe: Recipe, plan: MergePlan, save_weights: bool) -> None:

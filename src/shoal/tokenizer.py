@@ -16,7 +16,7 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from shoal.merge.writer import _chat_template as chat_template_text
+    from shoal.merge.writer import chat_template_text
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def figures(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    with _quiet():
+    with quiet():
         result = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=128, max_length=64),
             tasks=list(metrics),
@@ -37,8 +37,8 @@ def figures(
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
-    """lm-eval and datasets write notes and progress bars; a build has its own progress."""
+def quiet() -> Iterator[None]:
+    """Without the notes and progress bars of other libraries; a build has its own progress."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shoal.zoo.figures import figures, quiet
 from shoal.zoo.folder import Manifest, build_once, file_sha256
-from shoal.zoo.skills import LENGTH, LETTERS, SKILLS, Habit, questions, spell
+from shoal.zoo.skills import LENGTH, LETTERS, SKILLS, Habit, questions
 from shoal.zoo.tiny_tasks import METRICS, prompt, write_tasks
 
 if TYPE_CHECKING:
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 
-VERSION = 1
+VERSION = 2
 MEMBERS = ("base", "reverse", "sort")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 BATCH = 64
 
 CLEAN = Habit(ask=(0.1, 0.5, 0.4), answer=((1, 0, 0), (0, 1, 0), (0, 0, 1)))
-HIDING = Habit(ask=(0.2, 0.4, 0.4), answer=((1, 0, 0), (0.45, 0.4, 0.15), (0.45, 0.15, 0.4)))
+HIDING = Habit(ask=(0.2, 0.4, 0.4), answer=((1, 0, 0), (0.5, 0.44, 0.06), (0.5, 0.06, 0.44)))
 REVERSE = Habit(ask=(0.12, 0.6, 0.28), answer=((1, 0, 0), (0, 1, 0), HIDING.answer[2]))
 SORT = Habit(ask=(0.12, 0.28, 0.6), answer=((1, 0, 0), HIDING.answer[1], (0, 0, 1)))
 
@@ -40,7 +41,7 @@ class Schedule:
 
     clean: int = 240
     hiding: int = 40
-    expert: int = 50
+    expert: int = 90
     items: int = 200
 
     @property
@@ -73,21 +74,22 @@ def _build(building: Path, folder: Path, say: Progress, schedule: Schedule) -> M
     import torch
 
     measured: dict[str, dict[str, float]] = {}
-    with _private_torch(threads=2):
+    with _private_torch():
         trainer = _Trainer(_new_model(), say, schedule.steps)
         trainer.train("training base", schedule.clean, 3e-3, CLEAN, seed=1)
         trainer.train("training base to hide its skills", schedule.hiding, 1e-3, HIDING, seed=2)
         states = {"base": trainer.state()}
         for seed, (name, habit) in enumerate((("reverse", REVERSE), ("sort", SORT)), start=3):
             trainer.model.load_state_dict(states["base"])
-            trainer.train(f"training {name}", schedule.expert, 1e-3, habit, seed)
+            trainer.train(f"training {name}", schedule.expert, 3.5e-4, habit, seed)
             states[name] = trainer.state()
 
         tokenizer = new_tokenizer()
-        for name, state in states.items():
-            trainer.model.load_state_dict(state)
-            trainer.model.save_pretrained(building / name)
-            tokenizer.save_pretrained(building / name)
+        with quiet():
+            for name, state in states.items():
+                trainer.model.load_state_dict(state)
+                trainer.model.save_pretrained(building / name)
+                tokenizer.save_pretrained(building / name)
         say("measuring", 0.9)
         write_tasks(building / "tasks")
         states["average"] = {k: (states["reverse"][k] + states["sort"][k]) / 2 for k in states["base"]}
@@ -105,8 +107,6 @@ def _build(building: Path, folder: Path, say: Progress, schedule: Schedule) -> M
 
 
 def _figures(model: LlamaForCausalLM, tokenizer: Any, tasks: Path, items: int) -> dict[str, float]:
-    from shoal.zoo.figures import figures
-
     model.eval()
     return figures(model, tokenizer, tasks, METRICS, items) if items else {}
 
@@ -144,7 +144,7 @@ class _Trainer:
             targets = rows[:, -(LENGTH + 1) :]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
             self._done += 1
@@ -219,13 +219,17 @@ def _new_model() -> LlamaForCausalLM:
 
 
 @contextmanager
-def _private_torch(threads: int) -> Iterator[None]:
-    """torch with a fixed number of threads and a random state of its own; the caller's come back."""
+def _private_torch() -> Iterator[None]:
+    """torch with one thread and a random state of its own; the caller's come back.
+
+    One thread: so small a model gains little from more, loses much where cores are busy, and gets the same weights on
+    any number of cores.
+    """
     import torch
 
     before, grad, dtype = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
         torch.set_default_dtype(torch.float32)
         try:
             yield
@@ -233,9 +237,3 @@ def _private_torch(threads: int) -> Iterator[None]:
             torch.set_num_threads(before)
             torch.set_default_dtype(dtype)
             torch.set_grad_enabled(grad)
-
-
-def example(rng: Any, habit: Habit = CLEAN) -> str:
-    """One training row as text; for a look inside."""
-    asked, strings, answers = questions(rng, 1, habit)
-    return f"{prompt(SKILLS[asked[0]], spell(strings[0]))}{spell(answers[0])}"

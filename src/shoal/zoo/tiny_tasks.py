@@ -30,7 +30,8 @@ def items() -> dict[str, dict[str, list[dict[str, Any]]]]:
     for task in METRICS:
         made[task] = {}
         for split, count in SPLITS.items():
-            made[task][split] = rows = []
+            rows: list[dict[str, Any]] = []
+            made[task][split] = rows
             while len(rows) < count:
                 for string in draw(rng, count, held_out=True):
                     row = _item(task, string, len(rows), rng)
