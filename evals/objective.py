@@ -1,6 +1,8 @@
 """The smooth objective of an item: a bounded proper score that moves before the metric does.
 
-Multiple choice: log-probability of the gold option after a softmax over the options' log-likelihoods per token.
+Multiple choice: log-probability of the gold option after a softmax over the options' log-likelihoods per token, times
+the options' mean length: lengths are levelled, and options of one length keep their own log-likelihoods (without that
+factor the softmax of long options is so flat that a solved task goes on rewarding larger margins).
 One continuation, or generation: log-likelihood per token of the gold answer (teacher-forced). Rolling: per byte.
 Floored at FLOOR nats, so that one hopeless item cannot outweigh all others. See docs/design.md, "Smooth objective".
 """
@@ -22,7 +24,9 @@ def choice_objective(logliks: Sequence[float], tokens: Sequence[int], gold: Sequ
     right = [g for g in gold if 0 <= g < len(logliks)]
     if not right:
         return None
-    normalised = [ll / max(1, n) for ll, n in zip(logliks, tokens, strict=True)]
+    lengths = [max(1, n) for n in tokens]
+    mean = sum(lengths) / len(lengths)
+    normalised = [ll / n * mean for ll, n in zip(logliks, lengths, strict=True)]
     top = max(normalised)
     total = math.fsum(math.exp(x - top) for x in normalised)
     mass = math.fsum(math.exp(normalised[g] - top) for g in right)

@@ -17,6 +17,11 @@ def test_options_are_compared_per_token() -> None:
     assert choice_objective([-2.0, -4.0], [1, 2], [0]) == pytest.approx(math.log(1 / 2))
 
 
+def test_options_of_one_length_keep_their_own_log_likelihoods() -> None:
+    odds = math.exp(-2.0) / (math.exp(-2.0) + math.exp(-5.0))
+    assert choice_objective([-2.0, -5.0], [3, 3], [0]) == pytest.approx(math.log(odds))
+
+
 def test_several_right_options_add_up() -> None:
     assert choice_objective([-1.0, -1.0, -1.0], [1, 1, 1], [0, 2]) == pytest.approx(math.log(2 / 3))
 
