@@ -136,7 +136,7 @@ def merge(
         raise RunError(f"--candidate names a candidate of a run, but {source} is no run folder")
     if not source.is_file():
         raise RunError(f"{source}: expected the folder of a run or a mergekit YAML, found nothing")
-    from shoal.merge.writer import merge_mergekit_config
+    from shoal.merge.mergekit_bridge import merge_mergekit_config
 
     merge_mergekit_config(source, out)
     typer.echo(f"{out}: merged as {source} says")

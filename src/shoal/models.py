@@ -94,13 +94,23 @@ def check_files(lock: ModelLock) -> None:
             )
 
 
+def zoo_progress(name: str, say: Say) -> Callable[[str, float], None]:
+    """Progress of building a zoo, said once per step."""
+    said: list[str] = []
+
+    def progress(step: str, share: float) -> None:
+        if step not in said:
+            said.append(step)
+            say(f"zoo {name}: {step}")
+
+    return progress
+
+
 def _folder(ref: HubModel | LocalModel | ZooModel, say: Say, weights: bool) -> tuple[Path, str | None]:
     if isinstance(ref, ZooModel):
         from shoal import zoo
 
-        return zoo.member_path(
-            ref.zoo, ref.member, progress=lambda text, share: say(f"zoo {ref.zoo}: {text}")
-        ), None
+        return zoo.member_path(ref.zoo, ref.member, progress=zoo_progress(ref.zoo, say)), None
     if isinstance(ref, LocalModel):
         if not ref.path.is_dir():
             raise CheckpointError(f"model {ref}: no such folder")

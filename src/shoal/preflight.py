@@ -18,7 +18,7 @@ from shoal.errors import CheckpointError, RecipeError, nearest
 from shoal.evals.catalogue import Catalogue
 from shoal.lock import Lock, ModelLock, Seeds, new_lock
 from shoal.merge.methods import Method, method
-from shoal.models import ResolvedModel, check_files, resolve_models
+from shoal.models import ResolvedModel, check_files, resolve_models, zoo_progress
 from shoal.recipe import Recipe, parse_model
 from shoal.roles import lock_tasks
 from shoal.search.optimizer import default_popsize, default_sigma0
@@ -273,7 +273,7 @@ def resolve_include_path(text: str | None, folder: Path, say: Say) -> Path | Non
         name, _, member = text.removeprefix("zoo:").partition("/")
         if member != "tasks":
             raise RecipeError(f"evaluation.include_path: {text!r}: the tasks of a zoo are 'zoo:{name}/tasks'")
-        return zoo.tasks_path(name, progress=lambda step, share: say(f"zoo {name}: {step}"))
+        return zoo.tasks_path(name, progress=zoo_progress(name, say))
     return (folder / Path(text).expanduser()).resolve()
 
 

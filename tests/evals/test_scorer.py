@@ -140,7 +140,7 @@ def test_a_changed_data_set_is_noticed(pico: Any) -> None:
 
 def test_names_that_do_not_exist_are_refused_with_the_nearest(pico: Any) -> None:
     source = Catalogue(pico.tasks).load("pico_choice")
-    with pytest.raises(RecipeError, match="does not produce metric 'accuracy'; .*valid: acc, acc,none"):
+    with pytest.raises(RecipeError, match=r"does not produce metric 'accuracy'; .*valid: acc, acc,none"):
         source.metric("accuracy")
     with pytest.raises(RecipeError, match="has no split 'tset'; did you mean 'test'"):
         source.docs("tset")

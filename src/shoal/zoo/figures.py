@@ -17,15 +17,16 @@ def figures(
 
     metrics: the metric per task; tasks: the folder with the tasks' YAMLs.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager, get_task_dict
 
     with quiet():
-        result = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=128, max_length=64),
-            tasks=list(metrics),
-            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        # not simple_evaluate: that looks for a git repository around it, and seeds the caller's random numbers
+        manager = TaskManager(include_path=str(tasks), include_defaults=False)
+        result = evaluate(
+            lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=128, max_length=64),
+            task_dict=get_task_dict(list(metrics), manager),
             limit=limit,
             bootstrap_iters=0,
         )
