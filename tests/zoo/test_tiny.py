@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,30 +139,35 @@ def test_an_interrupted_build_leaves_nothing_that_looks_finished(tmp_path: Path,
     assert zoo_folder.read_manifest(folder) is not None
 
 
-def _kill_midway(folder: Path) -> None:
-    import os
-    import signal
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from shoal.zoo.tiny import Schedule, build_tiny
 
-    build_tiny(folder, lambda step, done: os.kill(os.getpid(), signal.SIGKILL) if done > 0.3 else None, QUICK)
+def kill(step, done):
+    if done > 0.3:
+        os.kill(os.getpid(), signal.SIGKILL)
 
+build_tiny(Path(sys.argv[1]), kill, Schedule(clean=2, hiding=1, expert=2, items=0))
+"""
 
-def _slow_build(folder: Path, seconds: float) -> None:
-    import os
-    import time
+SLOW = """
+import os, sys, time
+from pathlib import Path
+from shoal.zoo.folder import build_once
 
-    def build(building: Path) -> dict[str, object]:
-        time.sleep(seconds)
-        return {"pid": os.getpid()}
+def build(building):
+    time.sleep(0.3)
+    return {"pid": os.getpid()}
 
-    build_once(folder, {"zoo": "z", "version": 1}, build)
+build_once(Path(sys.argv[1]), {"zoo": "z", "version": 1}, build)
+"""
 
 
 def test_a_killed_build_leaves_no_folder_and_the_next_one_clears_up(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
-    process = multiprocessing.get_context("spawn").Process(target=_kill_midway, args=(folder,))
-    process.start()
-    process.join()
-    assert process.exitcode == -9
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert not folder.exists()
     build_tiny(folder, schedule=QUICK)
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
@@ -168,13 +175,8 @@ def test_a_killed_build_leaves_no_folder_and_the_next_one_clears_up(tmp_path: Pa
 
 def test_of_several_builders_one_builds_and_the_others_wait(tmp_path: Path) -> None:
     folder = tmp_path / "z"
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_slow_build, args=(folder, 0.3)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 4
+    processes = [subprocess.Popen([sys.executable, "-c", SLOW, str(folder)]) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
     assert json.loads((folder / MANIFEST).read_text())["pid"] in {process.pid for process in processes}
     assert [p.name for p in tmp_path.iterdir()] == ["z"]
 

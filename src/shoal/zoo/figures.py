@@ -1,4 +1,4 @@
-"""Scores of zoo models on zoo tasks, by lm-eval itself."""
+"""Scores of zoo models on zoo tasks, as `shoal score` gives them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import io
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shoal.types import Role
 
 
 def figures(
@@ -17,23 +20,24 @@ def figures(
 
     metrics: the metric per task; tasks: the folder with the tasks' YAMLs.
     """
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager, get_task_dict
+    from shoal.evals.catalogue import Catalogue
+    from shoal.evals.requests import PromptSpec, build_requests
+    from shoal.evals.resident import ResidentLM
+    from shoal.evals.scorer import PlannedTask, Scorer
 
     with quiet():
-        # not simple_evaluate: that looks for a git repository around it, and seeds the caller's random numbers
-        manager = TaskManager(include_path=str(tasks), include_defaults=False)
-        result = evaluate(
-            lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=128, max_length=64),
-            task_dict=get_task_dict(list(metrics), manager),
-            limit=limit,
-            bootstrap_iters=0,
-        )
+        lm = ResidentLM(model, tokenizer, 128, max_length=64)
+    catalogue = Catalogue(tasks)
     found: dict[str, float] = {}
-    for task, metric in metrics.items():
-        values = [v for k, v in result["results"][task].items() if k.split(",")[0] == metric]
-        found[task] = round(float(values[0]), 4)
+    for task, name in metrics.items():
+        source = catalogue.load(task)
+        source.set_fewshot(None)
+        role: Role = "test"
+        key, items = (task, role), range(limit)
+        planned = PlannedTask(source, build_requests(source, source.eval_split, items, PromptSpec()))
+        rows, _ = Scorer(lm, {key: planned}).score({key: items})
+        values = [row.metrics[source.metric(name).key] for row in rows]
+        found[task] = round(sum(values) / len(values), 4)
     return found
 
 

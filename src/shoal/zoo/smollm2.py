@@ -154,4 +154,5 @@ def _convert(file: Path, base: Path) -> None:
             file.parent, gguf_file=file.name, dtype=torch.bfloat16, **options
         )
         model.save_pretrained(base)
+        tokenizer.model_max_length = model.config.max_position_embeddings  # the file has none
         tokenizer.save_pretrained(base)
