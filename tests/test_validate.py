@@ -81,6 +81,10 @@ BROKEN = {
         p.recipe(evaluation={"include_path": "./nowhere"}),
         "no such folder",
     ),
+    "unknown model argument": lambda p, **_: (
+        p.recipe(evaluation={"include_path": str(p.tasks), "model_args": {"dtpye": "float32"}}),
+        "did you mean 'dtype'",
+    ),
     "tokenizer of a stranger": lambda p, **_: (
         p.recipe(output={"tokenizer_source": "org/x"}),
         "is no model of this recipe",

@@ -28,6 +28,21 @@ from shoal.search.space import Space, make_space
 from shoal.types import ROLES, MergePlan, ModelRef, TensorGroup
 
 Say = Callable[[str], None]
+# lm-eval's `hf` model arguments that mean something for a model that is already in memory
+MODEL_ARGS = (
+    "add_bos_token",
+    "chat_template_args",
+    "device",
+    "dtype",
+    "enable_thinking",
+    "logits_cache",
+    "max_length",
+    "mixed_precision_dtype",
+    "prefix_token_id",
+    "softmax_dtype",
+    "think_end_token",
+    "truncation",
+)
 DISCORDANT = 0.2  # share of test items on which two merges differ, assumed for the power statement
 
 
@@ -66,6 +81,7 @@ def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None) -> Prepa
         RecipeError, CheckpointError, EvaluationError: one clear message each.
     """
     chosen = _check_method(recipe)
+    _check_model_args(recipe)
     refs = _refs(recipe, folder)
     _check_tokenizer_source(recipe, refs)
     small = resolve_models(refs, say, weights=False)
@@ -256,6 +272,23 @@ def _check_method(recipe: Recipe) -> Method:
                 f"merge.parameters: {chosen.name!r} has no parameter {name!r}; {nearest(name, [*known, *chosen.options])}"
             )
     return chosen
+
+
+def _check_model_args(recipe: Recipe) -> None:
+    for name in recipe.evaluation.model_args:
+        if name == "trust_remote_code":
+            raise RecipeError(
+                "evaluation.model_args: shoal runs no code from models; remove trust_remote_code"
+            )
+        if name not in MODEL_ARGS:
+            raise RecipeError(
+                f"evaluation.model_args: {name!r} has no meaning here; {nearest(name, MODEL_ARGS)}"
+            )
+    dtype = recipe.evaluation.model_args.get("dtype", "auto")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise RecipeError(
+            f"evaluation.model_args.dtype: expected auto, float32, bfloat16 or float16, found {dtype!r}"
+        )
 
 
 def _refs(recipe: Recipe, folder: Path) -> list[ModelRef]:

@@ -13,9 +13,6 @@ from shoal.preflight import groups_of, open_catalogue
 from shoal.recipe import EvaluationSpec, Recipe
 from shoal.types import ROLES, Capabilities, Completed, Failed, Job, MergePlan, Role
 
-# lm-eval's `hf` model arguments that concern the model object rather than how it is scored; ours are set here
-_LOADING = ("dtype", "device", "trust_remote_code")
-
 
 class LocalWorker:
     """One resident model in this process. Jobs are done one after the other, when polled for.
@@ -39,13 +36,8 @@ class LocalWorker:
         self._recipe, self._lock = recipe, lock
         self.device = torch.device(resolve_device(device))
         arguments = dict(recipe.evaluation.model_args)
-        loading = {key: arguments.pop(key) for key in _LOADING if key in arguments}
-        if loading.pop("trust_remote_code", False):
-            raise EvaluationError(
-                "evaluation.model_args.trust_remote_code: code from models is not run by shoal"
-            )
-        dtype = loading.pop("dtype", "auto")
-        loading.pop("device", None)
+        dtype = arguments.pop("dtype", "auto")
+        arguments.pop("device", None)  # the run's own device decides
         say("loading models")
         parents = [
             open_parent(Path(model.folder), None if model.adapter is None else Path(model.adapter))
