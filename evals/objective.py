@@ -1,10 +1,12 @@
-"""The smooth objective of an item: a bounded proper score that moves before the metric does.
+"""The smooth objective of an item: a number in [0, 1] that moves before the metric does, and with it.
 
-Multiple choice: log-probability of the gold option after a softmax over the options' log-likelihoods per token, times
-the options' mean length: lengths are levelled, and options of one length keep their own log-likelihoods (without that
-factor the softmax of long options is so flat that a solved task goes on rewarding larger margins).
-One continuation, or generation: log-likelihood per token of the gold answer (teacher-forced). Rolling: per byte.
-Floored at FLOOR nats, so that one hopeless item cannot outweigh all others. See docs/design.md, "Smooth objective".
+Multiple choice: probability of the gold option after a softmax over the options' log-likelihoods per token, times the
+options' mean length: lengths are levelled, and options of one length keep their own log-likelihoods (without that factor
+the softmax of long options is so flat that a solved task goes on rewarding larger margins). One continuation, or
+generation: probability per token (geometric mean) of the gold answer, teacher-forced. Rolling: per byte.
+
+Probabilities, not their logarithms: a mean of logarithms is ruled by items that are answered wrongly with confidence,
+and ranks a model that knows nothing above an expert of one task of two. See docs/design.md, "Smooth objective".
 """
 
 from __future__ import annotations
@@ -13,11 +15,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-FLOOR = -6.0
-
 
 def choice_objective(logliks: Sequence[float], tokens: Sequence[int], gold: Sequence[int]) -> float | None:
-    """Log-probability of the gold option(s); None where no option is gold.
+    """Probability of the gold option(s); None where no option is gold.
 
     logliks, tokens: per option, nats and number of tokens. gold: indices of right options.
     """
@@ -29,13 +29,12 @@ def choice_objective(logliks: Sequence[float], tokens: Sequence[int], gold: Sequ
     normalised = [ll / n * mean for ll, n in zip(logliks, lengths, strict=True)]
     top = max(normalised)
     total = math.fsum(math.exp(x - top) for x in normalised)
-    mass = math.fsum(math.exp(normalised[g] - top) for g in right)
-    return max(FLOOR, math.log(mass / total)) if mass > 0 else FLOOR
+    return math.fsum(math.exp(normalised[g] - top) for g in right) / total
 
 
 def answer_objective(loglik: float, length: int) -> float:
-    """Log-likelihood per token (or byte) of the gold answer."""
-    return max(FLOOR, loglik / max(1, length))
+    """Probability per token (or byte) of the gold answer: the geometric mean."""
+    return math.exp(min(0.0, loglik / max(1, length)))
 
 
 def gold_options(task: Any, doc: dict[str, Any]) -> list[int]:

@@ -166,7 +166,7 @@ class _Run:
             scales = task_scales(anchors)
             anchor = best_anchor(anchors, self.weights, scales)
             mean, best = self._search(anchors[anchor], scales)
-            winner, plan = self._select(mean, best, anchor)
+            winner, plan = self._select(mean, best)
             searched = self._test(winner, plan)
             return self._finish(winner, plan, searched, save_weights)
         finally:
@@ -371,10 +371,11 @@ class _Run:
         self.seen.say(f"search.max_seconds ({limit:g} s) used up after {generation} generations")
         return True
 
-    def _select(
-        self, mean: np.ndarray[Any, Any], best: CandidateRow | None, anchor: str
-    ) -> tuple[str, MergePlan]:
-        """Compare finalists on the select items: the mean, the best sample, the best parent, the uniform merge."""
+    def _select(self, mean: np.ndarray[Any, Any], best: CandidateRow | None) -> tuple[str, MergePlan]:
+        """Compare finalists on the select items: the mean, the best sample, every parent, the uniform merge.
+
+        Every parent, since the search's objective may rank them otherwise than the metric does.
+        """
         count = len(self.journal.tells())
         space = self.prepared.space
         finalists: dict[str, tuple[CandidateRow, MergePlan]] = {}
@@ -383,8 +384,7 @@ class _Run:
         if best is not None and best.genome is not None:
             genome = np.array(best.genome)
             finalists[f"best@{count}"] = self._finalist(f"best@{count}", space.decode(genome), genome)
-        for name in dict.fromkeys([anchor, self._best_parent(), "uniform merge"]):
-            kind, plan = self.baselines[name]
+        for name, (kind, plan) in self.baselines.items():
             finalists[name] = (self._asked(name, kind, plan), plan)
         self.seen.stage("selection", len(finalists))
         board = Scoreboard(self.lock, self.journal)
@@ -404,13 +404,6 @@ class _Run:
         self, name: str, plan: MergePlan, genome: np.ndarray[Any, Any]
     ) -> tuple[CandidateRow, MergePlan]:
         return self._asked(name, "finalist", plan, genome), plan
-
-    def _best_parent(self) -> str:
-        """By the search objective, among the parents."""
-        anchors = {
-            name: self._values(name) or {} for name, (kind, _) in self.baselines.items() if kind == "parent"
-        }
-        return best_anchor(anchors, self.weights, task_scales(anchors))
 
     def _test(self, winner: str, plan: MergePlan) -> str:
         """Open the test items: the winner, every parent, the uniform merge; and the winner on all search items.

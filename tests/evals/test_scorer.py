@@ -96,7 +96,7 @@ def test_generation_without_generating_has_an_objective_and_no_metric(pico: Any)
     tasks = {("pico_write", "test"): planned(pico, "pico_write", range(5))}
     scorer = Scorer(resident(pico.model("left")), tasks)  # type: ignore[arg-type]
     rows, _ = scorer.score({("pico_write", "test"): range(5)}, generate=False)
-    assert all(row.metrics == {} and row.objective is not None and row.objective < 0 for row in rows)
+    assert all(row.metrics == {} and row.objective is not None and 0 < row.objective < 1 for row in rows)
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(pico: Any, monkeypatch: pytest.MonkeyPatch) -> None:
