@@ -78,7 +78,10 @@ def main() -> None:
         print(f"{row['what']:>12}: {row['rows']} rows, {'identical' if row['identical'] else 'DIFFERENT'}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"kills": kills, "rows": rows}, indent=2) + "\n")
-    sys.exit(not all(row["identical"] for row in rows))
+    sys.exit(
+        not all(row["identical"] for row in rows)
+        or any(kill["exit_code"] != -signal.SIGKILL for kill in kills)
+    )
 
 
 if __name__ == "__main__":

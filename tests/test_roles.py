@@ -113,6 +113,21 @@ def test_an_item_that_is_tested_is_in_no_other_role_of_any_task(pico: Any, tmp_p
         assert not tested & set(found[0].roles[role].hashes)  # type: ignore[index]
 
 
+def test_search_and_select_share_nothing_even_across_tasks(pico: Any) -> None:
+    (task,) = locked(pico, {"task": "pico_choice", "search": {"task": "pico_next", "split": "validation"}})
+    assert not set(task.roles["search"].hashes) & set(task.roles["select"].hashes)
+    two = locked(pico, {"task": "pico_choice"}, {"task": "pico_next", "search": {"split": "train"}})
+    searched = {h for t in two for h in t.roles["search"].hashes}
+    assert not searched & {h for t in two for h in t.roles["select"].hashes}
+
+
+def test_few_shot_examples_of_another_search_task_are_set_aside_too(pico: Any) -> None:
+    (task,) = locked(
+        pico, {"task": "pico_choice", "num_fewshot": 2, "search": {"task": "pico_next", "split": "train"}}
+    )
+    assert task.fewshot_hashes and not set(task.fewshot_hashes) & set(task.roles["search"].hashes)
+
+
 def test_more_items_than_there_are_is_an_error(pico: Any) -> None:
     with pytest.raises(RecipeError, match=r"test\.size is 500, split 'test' of 'pico_choice' has 120 items"):
         locked(pico, {"task": "pico_choice", "test": {"size": 500}})

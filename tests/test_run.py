@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from shoal.errors import RunError
+from shoal.errors import EvaluationError, RunError
 from shoal.folder import RunFolder
 from shoal.journal import Journal
 from shoal.preflight import Prepared
@@ -146,13 +146,16 @@ def test_killed_three_times_a_run_ends_as_if_nothing_had_happened(
     run, path = tmp_path / "killed", tmp_path / "recipe.yaml"
     path.write_text(recipe(pico).to_yaml())
     # among the anchors; scored but not yet journalled in the second generation; with the test items just opened
-    for count, before in ((3, True), (7, False), (13, True)):
+    for count, before in ((3, True), (7, False), (15, True)):
         script = KILLED.format(
             tests=str(Path(__file__).parent), count=count, before=before, recipe=str(path), run=str(run)
         )
         ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
         assert not (run / "DONE").exists()
+    journal = Journal(run / "journal.sqlite")
+    assert len(journal.events("test opened")) == 1 and len(journal.evaluations()) == 22
+    journal.close()
     assert stable(evolve(recipe(pico), run, device="cpu")) == stable(finished[1])
     assert content(run) == content(finished[0])
     journal = Journal(run / "journal.sqlite")
@@ -219,9 +222,7 @@ def test_a_larger_budget_continues_and_openings_are_counted(pico: Any, tmp_path:
         evolve(recipe(pico, search=small | {"budget": 12}), run, device="cpu")
     second = evolve(recipe(pico, search=small | {"budget": 12}), run, device="cpu", reopen_test=True)
     assert second["cost"]["candidates"] == 12
-    assert second["test_openings"] in (1, 2)
-    if second["winner"]["id"] != first["winner"]["id"]:
-        assert second["test_openings"] == 2 and "opened 2 times" in second["claim"]
+    assert second["test_openings"] == 2 and "opened 2 times" in second["claim"]
     whole = evolve(recipe(pico, search=small | {"budget": 12}), tmp_path / "whole", device="cpu")
     asked = [row[:6] for row in content(run)["candidates"] if row[1] == "search"]
     assert asked == [row[:6] for row in content(tmp_path / "whole")["candidates"] if row[1] == "search"]
@@ -294,6 +295,45 @@ def test_a_time_limit_ends_the_search_and_is_replayed(pico: Any, tmp_path: Path)
     result = evolve(limited, tmp_path / "run", device="cpu")
     assert result["cost"]["candidates"] == 0
     assert result["winner"]["id"] in {b["name"] for b in result["baselines"]}
+
+
+def test_a_generation_that_was_begun_is_finished_whatever_the_time(pico: Any, tmp_path: Path) -> None:
+    limited = recipe(pico, search={"budget": 400, "popsize": 4, "items": 16, "seed": 1, "max_seconds": 600.0})
+
+    def interrupt(job: Job, count: int) -> None:
+        if count == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evolve(limited, tmp_path / "run", device="cpu", worker=meddled(interrupt))
+    with sqlite3.connect(tmp_path / "run" / "journal.sqlite") as database:
+        database.execute("UPDATE evaluations SET seconds_score = 1000")  # as if it had taken that long
+    result = evolve(limited, tmp_path / "run", device="cpu")
+    assert result["cost"]["candidates"] == 4
+    assert [row[0] for row in content(tmp_path / "run")["tells"]] == [0]
+
+
+def test_a_start_that_was_killed_can_be_tried_again(pico: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("half")
+    (run / ".lock.yaml.abc").write_text("half")
+
+    def interrupt(job: Job, count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evolve(recipe(pico), run, device="cpu", worker=meddled(interrupt))
+    assert RunFolder(run).started
+
+
+def test_an_anchor_that_cannot_be_scored_is_tried_again(pico: Any, tmp_path: Path) -> None:
+    def fail(job: Job, count: int) -> Failed | None:
+        return Failed(job.candidate, "memory was short", 0.0) if job.candidate == "left" else None
+
+    with pytest.raises(EvaluationError, match="left cannot be scored on search items: memory was short"):
+        evolve(recipe(pico), tmp_path / "run", device="cpu", worker=meddled(fail))
+    assert evolve(recipe(pico), tmp_path / "run", device="cpu")["cost"]["failed"] == 0
 
 
 @pytest.mark.gpu

@@ -81,6 +81,11 @@ BROKEN = {
         p.recipe(evaluation={"include_path": "./nowhere"}),
         "no such folder",
     ),
+    "chat template that is not there": lambda p, **_: (
+        p.recipe(evaluation={"include_path": str(p.tasks), "apply_chat_template": True}),
+        "has no chat template",
+    ),
+    "infinite weight": lambda p, **_: (changed(p, weight=float("inf")), "finite number"),
     "unknown model argument": lambda p, **_: (
         p.recipe(evaluation={"include_path": str(p.tasks), "model_args": {"dtpye": "float32"}}),
         "did you mean 'dtype'",

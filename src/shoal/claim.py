@@ -203,7 +203,7 @@ def claim_words(
     worst = min(overall.values(), key=lambda c: c.high)
     if found == "beats":
         text = (
-            f"beats every parent and the uniform merge on {n} held-out test items: at least {_points(closest.low)} over"
+            f"better than every parent and the uniform merge on {n} held-out test items: at least {_points(closest.low)} over"
             f" {closest.against} ({_points(closest.difference)}, 95% interval {_interval(closest)})"
         )
     elif found == "worse":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sqlite3
 import sys
 import warnings
 from collections.abc import Callable
@@ -50,6 +51,9 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         except ShoalError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
+        except (sqlite3.Error, OSError) as error:
+            typer.echo(f"error: {error or type(error).__name__}", err=True)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo(
                 "interrupted; what was finished is kept, the same command goes on from there", err=True

@@ -69,13 +69,16 @@ class RunFolder:
 
     def start(self, recipe: Recipe, lock: Lock) -> None:
         """Write recipe and lock; the lock last, since its existence means that the run has started."""
-        if any(entry.name != ".held" for entry in self.path.iterdir()):
-            names = ", ".join(
-                sorted(entry.name for entry in self.path.iterdir() if entry.name != ".held")[:3]
+        # what an interrupted start may have left is ours, anything else is not
+        own = (".held", self.recipe.name, f".{self.recipe.name}.", f".{self.lock.name}.")
+        foreign = sorted(e.name for e in self.path.iterdir() if not e.name.startswith(own))
+        if foreign:
+            raise RunError(
+                f"{self.path}: not empty and no run ({', '.join(foreign[:3])}, ...); name another folder by --run"
             )
-            raise RunError(f"{self.path}: not empty and no run ({names}, ...); name another folder by --run")
+        text = lock.to_yaml()
         write_text(self.recipe, recipe.to_yaml())
-        write_text(self.lock, lock.to_yaml())
+        write_text(self.lock, text)
 
     def check_same(self, recipe: Recipe) -> tuple[int, int] | None:
         """Whether `recipe` may continue this run: None if it is the same, (old, new) budget if that alone grew.

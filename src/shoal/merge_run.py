@@ -24,7 +24,7 @@ def write_candidate(run: Path, out: Path, candidate: str | None = None) -> str:
     recipe, lock = folder.open()
     prepared = restore(recipe, lock)
     if candidate is None:
-        if not (folder.best / "plan.json").is_file():
+        if not folder.done.is_file():
             raise RunError(
                 f"{run}: not finished, so it has no winner; continue it with `shoal evolve`, or name a --candidate"
             )
@@ -33,10 +33,12 @@ def write_candidate(run: Path, out: Path, candidate: str | None = None) -> str:
         journal = Journal(folder.journal)
         try:
             row = journal.candidate(candidate)
-            known = [c.id for c in journal.candidates()]
+            known = [
+                c.id for c in journal.candidates() if c.genome is not None or c.kind in ("parent", "uniform")
+            ]
         finally:
             journal.close()
-        if row is None:
+        if row is None or candidate not in known:
             raise RunError(f"{run}: no candidate {candidate!r}; {nearest(candidate, known)}")
         name = candidate
         if row.genome is not None:

@@ -12,7 +12,7 @@ from shoal.lock import ModelLock
 from shoal.types import AdapterModel, HubModel, LocalModel, ModelRef, ZooModel
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
-HASHED_FILES = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer.json", "tokenizer.model")
+HASHED_FILES = ("*.safetensors", *SMALL_FILES)
 
 Say = Callable[[str], None]
 

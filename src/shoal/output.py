@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def mergekit_yaml(lock: Lock, recipe: Recipe, plan: MergePlan) -> str:
 def write_best(folder: Path, lock: Lock, recipe: Recipe, plan: MergePlan, save_weights: bool) -> None:
     """best/: mergekit_config.yml and plan.json; with save_weights also best/model, a complete model folder."""
     folder.mkdir(exist_ok=True)
+    if not (folder / "plan.json").is_file() or read_plan(folder).digest() != plan.digest():
+        shutil.rmtree(folder / "model", ignore_errors=True)  # of an earlier winner
     write_text(folder / "mergekit_config.yml", mergekit_yaml(lock, recipe, plan))
     write_text(folder / "plan.json", json.dumps(json.loads(plan.to_json()), indent=1) + "\n")
     if save_weights and not (folder / "model").is_dir():

@@ -94,6 +94,7 @@ def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None) -> Prepa
     models = resolve_models(refs, say)
     say("checking models")
     _check_tokenizers(models)
+    _check_chat_template(recipe, models[_tokenizer_index(recipe, refs)])
     notes: list[str] = []
     groups = _groups(models, notes)
     base = 0 if recipe.base_model is not None else None
@@ -325,7 +326,10 @@ def _check_configs(models: Sequence[ResolvedModel]) -> None:
         path = model.folder / "config.json"
         if not path.is_file():
             raise CheckpointError(f"model {model.ref}: expected config.json in {model.folder}, found none")
-        configs.append(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            configs.append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise CheckpointError(f"model {model.ref}: {path} is not valid JSON: {error}") from None
     for model, config in zip(models[1:], configs[1:], strict=True):
         for field in fields:
             expected, found = configs[0].get(field), config.get(field)
@@ -340,6 +344,17 @@ def _check_tokenizers(models: Sequence[ResolvedModel]) -> None:
     from shoal.merge.compatible import check_tokenizers
 
     check_tokenizers([(model.name, model.folder) for model in models])
+
+
+def _check_chat_template(recipe: Recipe, model: ResolvedModel) -> None:
+    from shoal.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model.folder, recipe.output.chat_template)
+    if recipe.evaluation.apply_chat_template and not tokenizer.chat_template:
+        raise RecipeError(
+            f"evaluation.apply_chat_template: the tokenizer of {model.ref} has no chat template; set"
+            " output.chat_template (e.g. chatml), or apply_chat_template: false"
+        )
 
 
 def _groups(models: Sequence[ResolvedModel], notes: list[str]) -> tuple[TensorGroup, ...]:
@@ -360,7 +375,12 @@ def _own_dtype(model: ResolvedModel) -> str:
     for name in parent.names:
         kind = str(parent.dtype(name)).removeprefix("torch.")
         counts[kind] = counts.get(kind, 0) + math.prod(parent.shape(name))
-    return max(counts, key=lambda kind: counts[kind])
+    commonest = max(counts, key=lambda kind: counts[kind])
+    if commonest not in ("float32", "bfloat16", "float16"):
+        raise CheckpointError(
+            f"model {model.ref}: its weights are {commonest}; name the dtype to write by merge.dtype"
+        )
+    return commonest
 
 
 def _space(

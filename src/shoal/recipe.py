@@ -28,7 +28,7 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 class Strict(BaseModel):
     """Frozen, typed as written, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class MergeSpec(Strict):
@@ -91,7 +91,7 @@ class EvaluationSpec(Strict):
     model_args: dict[str, Any] = {}
     gen_kwargs: dict[str, Any] = {}
     batch_size: Positive = 64
-    apply_chat_template: bool | str = False
+    apply_chat_template: bool = False
     fewshot_as_multiturn: bool = False
     system_instruction: str | None = None
     fewshot_seed: Annotated[int, Field(ge=0)] = 1234
@@ -215,7 +215,11 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: no such recipe file")
     if path.stat().st_size > MAX_RECIPE_BYTES:
         raise RecipeError(f"{path}: {path.stat().st_size} bytes, a recipe has at most {MAX_RECIPE_BYTES}")
-    return parse_recipe(path.read_text(encoding="utf-8"), where=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    return parse_recipe(text, where=str(path))
 
 
 def parse_recipe(text: str, where: str = "recipe") -> Recipe:

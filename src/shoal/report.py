@@ -28,7 +28,7 @@ def load_result(run: Path) -> dict[str, Any]:
         RunError: there is none.
     """
     path = RunFolder(run).result
-    if not path.is_file():
+    if not RunFolder(run).done.is_file():
         raise RunError(f"{run}: no finished run here (expected {path.name}); continue it with `shoal evolve`")
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
@@ -164,6 +164,7 @@ def _convergence(folder: RunFolder, lock: Lock, journal: Journal) -> Path:
 def _heat_map(folder: RunFolder, recipe: Recipe, lock: Lock, journal: Journal) -> list[Path]:
     """The winner's parameters over layers; nothing where the winner has no genome (a parent, the uniform merge)."""
     result = load_result(folder.path)
+    (folder.path / "weights.png").unlink(missing_ok=True)  # of an earlier winner
     row = journal.candidate(result["winner"]["id"])
     if row is None or row.genome is None:
         return []

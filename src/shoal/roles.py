@@ -19,19 +19,13 @@ from shoal.types import ROLES, Role
 
 DEFAULT_SIZES: Mapping[Role, int] = {"search": 512, "select": 256, "test": 1024}
 
-# shares of a split by the roles that are drawn from it; [0, 0.05) is set aside for few-shot examples
+# shares of a split that no role tests on, and of one that a role tests on too; [0, 0.05) is for few-shot examples
 FEWSHOT_ZONE = (0.0, 0.05)
-ZONES: Mapping[frozenset[str], Mapping[str, tuple[float, float]]] = {
-    frozenset({"search"}): {"search": (0.05, 1.0)},
-    frozenset({"select"}): {"select": (0.05, 1.0)},
-    frozenset({"search", "select"}): {"search": (0.05, 0.70), "select": (0.70, 1.0)},
-    frozenset({"search", "test"}): {"search": (0.05, 0.50), "test": (0.50, 1.0)},
-    frozenset({"select", "test"}): {"select": (0.05, 0.50), "test": (0.50, 1.0)},
-    frozenset({"search", "select", "test"}): {
-        "search": (0.05, 0.35),
-        "select": (0.35, 0.50),
-        "test": (0.50, 1.0),
-    },
+SEPARATE: Mapping[str, tuple[float, float]] = {"search": (0.05, 0.70), "select": (0.70, 1.0)}
+SHARED: Mapping[str, tuple[float, float]] = {
+    "search": (0.05, 0.35),
+    "select": (0.35, 0.50),
+    "test": (0.50, 1.0),
 }
 
 
@@ -55,7 +49,9 @@ def lock_tasks(recipe: Recipe, catalogue: Catalogue) -> tuple[TaskLock, ...]:
     """
     tasks = [_lock_task(spec, catalogue) for spec in recipe.tasks]
     tested = {h for task in tasks for h in task.roles["test"].hashes}
-    return tuple(_without_tested(task, tested) for task in tasks)
+    selected = {h for task in tasks for h in task.roles["select"].hashes}
+    taken: Mapping[Role, set[str]] = {"search": tested | selected, "select": tested, "test": set()}
+    return tuple(_without_taken(task, taken) for task in tasks)
 
 
 def _lock_task(spec: TaskSpec, catalogue: Catalogue) -> TaskLock:
@@ -70,7 +66,7 @@ def _lock_task(spec: TaskSpec, catalogue: Catalogue) -> TaskLock:
         source = main if wanted.task is None or wanted.task == spec.task else catalogue.load(wanted.task)
         if source is not main:
             source.metric(metric.key)
-            source.set_fewshot(spec.num_fewshot)
+            source.set_fewshot(number)
         split = wanted.split or _default_split(source, role)
         if role != "test" and split == source.eval_split and not spec.search_on_eval_split:
             raise RecipeError(
@@ -83,10 +79,15 @@ def _lock_task(spec: TaskSpec, catalogue: Catalogue) -> TaskLock:
             splits[key] = _read(source, split, spec)
         drawn.setdefault(key, []).append(role)
         where[role] = key
-    pool = [doc_hash(doc) for doc in main.fewshot_docs()] if number else []
+    sources = {split.source.name: split.source for split in splits.values()}
+    pools = {
+        name: [doc_hash(doc) for doc in source.fewshot_docs()] if number else []
+        for name, source in sources.items()
+    }
+    pool = {h for hashes in pools.values() for h in hashes}
     roles: dict[Any, RoleLock] = {}
     for role, key in where.items():
-        chosen = _choose(splits[key], drawn[key], set(pool))[role]
+        chosen = _choose(splits[key], drawn[key], pool)[role]
         size = spec.source(role).size
         if size is not None and size > len(chosen):
             raise RecipeError(
@@ -109,7 +110,7 @@ def _lock_task(spec: TaskSpec, catalogue: Catalogue) -> TaskLock:
         fewshot_hashes=_fewshot_pool(
             spec.task,
             number,
-            pool,
+            pools,
             shared={h for split in splits.values() for h in split.hashes},
             taken={h for lock in roles.values() for h in lock.hashes},
         ),
@@ -146,7 +147,7 @@ def _choose(split: _Split, roles: Sequence[Role], pool: set[str]) -> dict[str, l
         if pool & set(split.hashes):
             zones = {"test": (FEWSHOT_ZONE[1], 1.0)}
     else:
-        zones = ZONES[frozenset(roles)]
+        zones = SHARED if "test" in roles else SEPARATE
     return assign(split.labels, zones)
 
 
@@ -162,24 +163,39 @@ def _role_lock(split: _Split, chosen: Sequence[int]) -> RoleLock:
 
 
 def _fewshot_pool(
-    task: str, number: int, pool: list[str], shared: set[str], taken: set[str]
+    task: str, number: int, pools: Mapping[str, list[str]], shared: set[str], taken: set[str]
 ) -> tuple[str, ...] | None:
-    """None where lm-eval's own pool is disjoint from every role's split; else the part of it that is set aside."""
-    if not number or not shared & set(pool):
+    """None where lm-eval's own pools are disjoint from every role's split; else the parts that are set aside.
+
+    pools: per lm-eval task that a role draws on. A pool that no role's split shares stays whole.
+    """
+    if not number or not any(shared & set(pool) for pool in pools.values()):
         return None
-    kept = [i for i in assign(pool, {"fewshot": FEWSHOT_ZONE})["fewshot"] if pool[i] not in taken]
-    if len(kept) <= number:
-        raise EvaluationError(
-            f"task {task!r}: {len(kept)} items can be set aside for few-shot examples, num_fewshot {number} needs more"
-        )
-    return tuple(pool[i] for i in sorted(kept))
+    aside: list[str] = []
+    for pool in pools.values():
+        if shared & set(pool):
+            kept = [
+                pool[i] for i in assign(pool, {"fewshot": FEWSHOT_ZONE})["fewshot"] if pool[i] not in taken
+            ]
+        else:
+            kept = pool
+        if len(kept) <= number:
+            raise EvaluationError(
+                f"task {task!r}: {len(kept)} items can be set aside for few-shot examples, num_fewshot {number} needs"
+                " more"
+            )
+        aside += kept
+    return tuple(sorted(set(aside)))
 
 
-def _without_tested(task: TaskLock, tested: set[str]) -> TaskLock:
-    """Drop items from search and select that any task tests on (the same question in two splits or tasks)."""
+def _without_taken(task: TaskLock, taken: Mapping[Role, set[str]]) -> TaskLock:
+    """Drop from search and select what any task tests on, and from search what any task selects on.
+
+    The same question may stand in two splits, or in two tasks.
+    """
     roles: dict[Any, RoleLock] = {}
     for role, lock in task.roles.items():
-        keep = [i for i, h in enumerate(lock.hashes) if role == "test" or h not in tested]
+        keep = [i for i, h in enumerate(lock.hashes) if h not in taken[role]]
         if not keep:
             raise EvaluationError(
                 f"task {task.task!r}: no items left for {role} in split {lock.split!r} of {lock.task!r}"

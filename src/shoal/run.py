@@ -20,7 +20,7 @@ from shoal.errors import EvaluationError, RunError
 from shoal.folder import RunFolder
 from shoal.journal import CandidateRow, EvaluationRow, Journal
 from shoal.lock import write_text
-from shoal.output import winner_sha256, write_best
+from shoal.output import read_plan, winner_sha256, write_best
 from shoal.preflight import Prepared, prepare, restore
 from shoal.recipe import Recipe
 from shoal.search.fitness import best_anchor, paired_fitness, task_scales
@@ -86,6 +86,8 @@ def evolve(
     with folder.held():
         prepared = _open(folder, recipe, base_folder, reopen_test, seen)
         if folder.done.is_file():
+            if save_weights:
+                write_best(folder.best, prepared.lock, recipe, read_plan(folder.best), save_weights)
             return dict(json.loads(folder.result.read_text(encoding="utf-8")))
         journal = Journal(folder.journal)
         try:
@@ -207,6 +209,12 @@ class _Run:
             )
             self.journal.complete(done, outcome.scores)
         else:
+            if role == "test" or row.kind in ("parent", "uniform"):
+                # nothing can be claimed without it, and what was in its way may be gone when the run is continued
+                self.journal.event("disturbed", candidate=row.id, what=outcome.error)
+                raise EvaluationError(
+                    f"{row.id} cannot be scored on {role} items: {outcome.error}; the same command tries again"
+                )
             rest = now - self.finished - outcome.seconds
             done = EvaluationRow(row.id, role, "failed", outcome.error, 0.0, outcome.seconds, rest, 0)
             self.journal.complete(done, ())
@@ -253,10 +261,6 @@ class _Run:
             done = self._evaluate(
                 row, plan, "search", self._role_items("search"), generate=self._search_generates
             )
-            if done.status != "done":
-                raise EvaluationError(
-                    f"{name} cannot be scored, so nothing can be compared with it: {done.error}"
-                )
             values = self._values(name)
             if values is None:
                 raise EvaluationError(
@@ -289,8 +293,10 @@ class _Run:
         best: tuple[float, CandidateRow | None] = (-math.inf, None)
         in_a_row = 0
         told = self.journal.tells()
+        earlier = {row.candidate for row in self.journal.evaluations()}
         for generation in range(self.prepared.generations):
-            if generation not in told and self._out_of_time(generation):
+            begun = bool(self.journal.candidates("search", generation))
+            if not begun and self._out_of_time(generation):
                 break
             genomes = optimizer.ask()
             rows = self._generation(generation, genomes)
@@ -309,7 +315,8 @@ class _Run:
                 fitness[row.id] = (
                     None if values is None else paired_fitness(values, anchor, self.weights, scales)
                 )
-                in_a_row = 0 if values is not None else in_a_row + 1
+                # failures of an earlier process may have had a reason that is gone
+                in_a_row = 0 if values is not None else in_a_row + (row.id not in earlier)
                 if in_a_row >= FAILURES_IN_A_ROW:
                     raise RunError(
                         f"{in_a_row} candidates in a row failed, the last one with: {done.error}; the run is kept in"
@@ -413,19 +420,20 @@ class _Run:
         """
         contenders = {winner: plan} | {name: other for name, (_, other) in self.baselines.items()}
         self.seen.stage("test", len(contenders) + 1)
-        if not any(event["winner"] == winner for event in self.journal.events("test opened")):
-            self.journal.event("test opened", winner=winner)
+        opening = {"winner": winner, "generations": len(self.journal.tells())}
+        if opening not in self.journal.events("test opened"):
+            self.journal.event("test opened", **opening)
         for name, other in contenders.items():
             row = self.journal.candidate(name)
             assert row is not None  # finalists and baselines were asked above
             done = self._evaluate(row, other, "test", self._role_items("test"), canonical=True)
-            if done.status != "done":
-                raise EvaluationError(f"{name} cannot be scored on the test items: {done.error}")
             self.seen.evaluated(done, None)
         # a baseline's search row may be without generation
         searched = f"{winner} (on search items)" if winner in self.baselines else winner
         row = self._asked(searched, "finalist", plan)
         done = self._evaluate(row, plan, "search", self._role_items("search"), canonical=True)
+        if done.status != "done":
+            raise EvaluationError(f"{winner} cannot be scored on the search items: {done.error}")
         self.seen.evaluated(done, None)
         return searched
 

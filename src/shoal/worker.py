@@ -171,7 +171,13 @@ def _restore_fewshot(source: Any, task: TaskLock) -> None:
     if task.fewshot_hashes is None:
         return
     wanted = set(task.fewshot_hashes)
-    source.replace_fewshot_docs([doc for doc in source.fewshot_docs() if doc_hash(doc) in wanted])
+    kept = [doc for doc in source.fewshot_docs() if doc_hash(doc) in wanted]
+    if len(kept) <= task.num_fewshot:
+        raise EvaluationError(
+            f"task {source.name!r}: {len(kept)} of the few-shot examples that the lock sets aside are there,"
+            f" {task.num_fewshot} are needed: the data set has changed"
+        )
+    source.replace_fewshot_docs(kept)
 
 
 def describe_error(error: BaseException) -> str:
