@@ -22,13 +22,22 @@ from shoal.journal import Journal
 from shoal.lock import load_lock
 from shoal.merge import Checkpoint, weights_sha256
 from shoal.merge_run import write_candidate
+from shoal.recipe import load_recipe
 from shoal.report import load_result
 
 
 def stock_rows(run: Path, model: Path, out: Path) -> dict[str, list[dict[str, Any]]]:
     """lm-eval's own samples per task, of its command line."""
-    lock = load_lock(run / "lock.yaml")
+    lock, evaluation = load_lock(run / "lock.yaml"), load_recipe(run / "recipe.yaml").evaluation
     tasks = [task.task for task in lock.tasks]
+    shots = {task.num_fewshot for task in lock.tasks}
+    moved = [
+        t.task for t in lock.tasks if t.roles["test"].task != t.task or t.roles["test"].split != t.eval_split
+    ]
+    if len(shots) > 1 or moved or any(task.fewshot_hashes for task in lock.tasks):
+        sys.exit(
+            "stock lm-eval has no words for this run: several few-shot numbers, set-aside examples, or other splits"
+        )
     command = [
         sys.executable,
         "-m",
@@ -51,6 +60,13 @@ def stock_rows(run: Path, model: Path, out: Path) -> dict[str, list[dict[str, An
         "cpu",
     ]
     command += ["--include_path", str(lock.include_path)] if lock.include_path else []
+    command += ["--num_fewshot", str(shots.pop()), "--seed", f"0,1234,1234,{lock.seeds.fewshot}"]
+    command += ["--apply_chat_template"] if evaluation.apply_chat_template else []
+    command += ["--fewshot_as_multiturn", "true"] if evaluation.fewshot_as_multiturn else []
+    command += (
+        ["--system_instruction", evaluation.system_instruction] if evaluation.system_instruction else []
+    )
+    command += ["--gen_kwargs", json.dumps(evaluation.gen_kwargs)] if evaluation.gen_kwargs else []
     subprocess.run(
         command, check=True, capture_output=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     )
@@ -68,8 +84,8 @@ def compare_scores(run: Path, rows: dict[str, list[dict[str, Any]]]) -> list[dic
     journal.close()
     found = []
     for task in lock.tasks:
-        samples = {row["doc_id"]: row for row in rows[task.task]}
-        metric = task.metric.partition(",")[0]
+        metric, _, wanted = task.metric.partition(",")
+        samples = {row["doc_id"]: row for row in rows[task.task] if row["filter"] == wanted}
         items = task.roles["test"].items
         flips, worst = 0, 0.0
         for item in items:
@@ -137,7 +153,10 @@ def main() -> None:
             {"what": "weights_sha256", "agrees": found == load_result(arguments.run)["weights_sha256"]}
         ]
         rows += compare_scores(arguments.run, stock_rows(arguments.run, model, Path(folder) / "lm_eval"))
-        rows.append(compare_weights(arguments.run, model, Path(folder) / "mergekit"))
+        if load_lock(arguments.run / "lock.yaml").operator.startswith(("dare", "della")):
+            print("exempt  mergekit's command line: it draws other random masks, as the YAML says")
+        else:
+            rows.append(compare_weights(arguments.run, model, Path(folder) / "mergekit"))
     for row in rows:
         details = ", ".join(f"{key} {value}" for key, value in row.items() if key not in ("what", "agrees"))
         print(f"{'agrees' if row['agrees'] else 'DIFFERS'}  {row['what']}  {details}")
