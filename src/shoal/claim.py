@@ -9,7 +9,8 @@ from typing import Any
 from shoal.evals.scorer import restored
 from shoal.journal import Journal
 from shoal.lock import Lock, TaskLock
-from shoal.preflight import open_catalogue, test_power
+from shoal.outlook import test_power
+from shoal.preflight import open_catalogue
 from shoal.recipe import Recipe
 from shoal.search.claims import Comparison, TaskSamples, compare, verdict
 from shoal.types import ItemScore, Role

@@ -109,7 +109,8 @@ def evolve(
 @guarded
 def validate(recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")]) -> None:
     """Check a recipe, and say what its run would do and what its test items can show."""
-    from shoal.preflight import describe, prepare
+    from shoal.outlook import describe
+    from shoal.preflight import prepare
     from shoal.recipe import load_recipe
 
     console = _console()

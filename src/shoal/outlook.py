@@ -1,0 +1,93 @@
+"""What a run would do, before it does it: for `shoal validate`; and the smallest gain that its test items can show."""
+
+from __future__ import annotations
+
+import math
+
+from shoal.lock import Lock
+from shoal.preflight import Prepared
+from shoal.recipe import Recipe
+from shoal.search.power import detectable_difference
+from shoal.types import ROLES
+
+DISCORDANT = 0.2  # share of test items on which two merges differ, assumed for the power statement
+
+
+def describe(prepared: Prepared) -> list[tuple[str, str]]:
+    """What the run would do, as (topic, sentence) rows for `shoal validate`."""
+    recipe, lock, space = prepared.recipe, prepared.lock, prepared.space
+    rows = []
+    for index, model in enumerate(lock.models):
+        kind = "base" if index == lock.base else "source"
+        rows.append((kind, f"{model.name} ({model.ref})" if model.name != model.ref else model.name))
+    rows.append(
+        (
+            "method",
+            f"{lock.operator}, weights written as {lock.dtype}, scored as {_compute_dtype(recipe, lock)}",
+        )
+    )
+    rows.append(("space", f"{space.shape}, {space.size} genes"))
+    for parameter, name, low, high in space.ranges():
+        rows.append(
+            (
+                "",
+                f"{parameter} of {name}: {low:.3g} to {high:.3g} per layer"
+                if name
+                else f"{parameter}: {low:.3g} to {high:.3g} per layer",
+            )
+        )
+    for task in lock.tasks:
+        places = {
+            role: f"{len(task.roles[role].items)} {role} ({task.roles[role].task} {task.roles[role].split})"
+            for role in ROLES
+        }
+        rows.append(
+            (
+                "task",
+                f"{task.task}: {task.metric}, weight {task.weight:g}, {task.num_fewshot}-shot; {', '.join(places.values())}",
+            )
+        )
+        if task.search_on_eval_split:
+            rows.append(
+                (
+                    "",
+                    f"the recipe allows a search on the split that lm-eval scores ({task.eval_split}); the claim will say so",
+                )
+            )
+    count = prepared.generations * lock.popsize
+    rows.append(
+        (
+            "search",
+            f"{count} candidates: {prepared.generations} generations of {lock.popsize}, {recipe.search.items} items per task and generation",
+        )
+    )
+    anchors = len(lock.models) + 1
+    pool = sum(len(task.roles["search"].items) for task in lock.tasks)
+    rows.append(("anchors", f"{len(lock.models)} parents and the uniform merge on all {pool} search items"))
+    spent = (
+        count * sum(min(recipe.search.items, len(task.roles["search"].items)) for task in lock.tasks)
+        + anchors * pool
+    )
+    rows.append(("cost", f"{spent} item evaluations before selection and test"))
+    n, gain = test_power(lock)
+    rows.append(
+        (
+            "claim",
+            f"{n} test items can show a gain of {100 * gain:.1f} points or more (80% power, 95% confidence, {DISCORDANT:.0%} discordant items)",
+        )
+    )
+    rows += [("note", note) for note in prepared.notes]
+    return rows
+
+
+def test_power(lock: Lock) -> tuple[int, float]:
+    """Number of test items and the smallest gain in the overall score that they can show."""
+    total = sum(task.weight for task in lock.tasks)
+    counts = [len(task.roles["test"].items) for task in lock.tasks]
+    variance = math.fsum((task.weight / total) ** 2 / n for task, n in zip(lock.tasks, counts, strict=True))
+    return sum(counts), detectable_difference(max(1, round(1 / variance)), discordant=DISCORDANT)
+
+
+def _compute_dtype(recipe: Recipe, lock: Lock) -> str:
+    wanted = recipe.evaluation.model_args.get("dtype", "auto")
+    return lock.dtype if wanted == "auto" else str(wanted)
