@@ -44,6 +44,8 @@ def test_the_quickstart_survives_three_kills(tmp_path: Path) -> None:
     assert [kill["exit_code"] for kill in found["kills"]] == [-9, -9, -9]
     assert 0 < found["kills"][1]["after_evaluations"] < found["kills"][2]["after_evaluations"]
     assert all(row["identical"] and row["rows"] for row in found["rows"])
+    lock = yaml.safe_load((tmp_path / "whole" / "lock.yaml").read_text())
+    assert {model["origin"]["zoo"] for model in lock["models"]} == {"tiny"}
     result = json.loads((tmp_path / "whole" / "result.json").read_text())
     experts = {b["name"]: b["tasks"] for b in result["baselines"]}
     assert min(experts["reverse"]["tiny_reverse"], experts["sort"]["tiny_sort"]) > 0.9

@@ -42,6 +42,7 @@ class ModelLock(Strict):
     """One model: its name in tables, how the recipe wrote it, the folder it was resolved to, hashes of its files.
 
     commit: of the Hub repository, None elsewhere. adapter: folder of the LoRA adapter, None without one.
+    origin: of a zoo's model, what its manifest says: the source (hub or gguf), package or commit, hash of the weights.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ModelLock(Strict):
     commit: str | None = None
     adapter: str | None = None
     adapter_commit: str | None = None
+    origin: dict[str, str]
     files: dict[str, str]
 
 

@@ -40,8 +40,19 @@ class ResolvedModel:
             commit=self.commit,
             adapter=None if self.adapter is None else str(self.adapter),
             adapter_commit=self.adapter_commit,
+            origin=self._origin(),
             files=files,
         )
+
+    def _origin(self) -> dict[str, str]:
+        """Where a zoo's model came from: sources of one name have different weights."""
+        base = self.ref.base if isinstance(self.ref, AdapterModel) else self.ref
+        if not isinstance(base, ZooModel):
+            return {}
+        from shoal.zoo.folder import read_manifest
+
+        manifest = read_manifest(self.folder.parent) or {}
+        return {key: value for key, value in manifest.items() if isinstance(value, str)}
 
 
 def resolve_models(refs: Sequence[ModelRef], say: Say, weights: bool = True) -> list[ResolvedModel]:
