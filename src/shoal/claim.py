@@ -214,7 +214,7 @@ def claim_words(
         )
     elif found == "ties" and winner in overall:
         text = (
-            f"no improvement: the model chosen on the selection items is {winner} itself, no merge that was searched did"
+            f"no improvement: the model chosen on the selection items is {winner} itself, no merge among the finalists did"
             " better there"
         )
         if worst.high < 0:
