@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,19 @@ from shoal.merge.methods import check_plan, method, resolved
 from shoal.merge.runtime import convert_into, runtime_map, torch_dtype
 from shoal.merge.tensors import TensorMerger
 from shoal.types import MergePlan, OutputGroup, TensorGroup
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of a merged checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Merger:
@@ -86,18 +101,48 @@ class Merger:
         Streams: the memory needed is a few tensors, unless a resident model keeps the parents in memory anyway.
         """
         self._check(plan)
+        filled: dict[str, Tensor] = {}
+
+        def fresh(output: Output) -> Tensor:
+            filled[output.name] = torch.empty(output.shape, dtype=output.dtype)
+            return filled[output.name]
+
+        for output in self.fill(plan, fresh):
+            yield output.name, filled.pop(output.name)
+
+    def outputs(self, plan: MergePlan) -> tuple[Output, ...]:
+        """The tensors that `plan` makes, in the order in which `fill` makes them."""
         dtype = torch_dtype(plan.dtype)
-        first = self.parents[0 if plan.base is None else plan.base]
+        native = [g for g in plan.groups if method(g.operator).native]
+        others = [g for g in plan.groups if not method(g.operator).native]
+        found = []
+        for group in (*native, *sorted(others, key=lambda g: method(g.operator).name)):
+            for index, name in enumerate(group.tensors):
+                source = group.sources[0]
+                model, tensor = source.model, self._name(source.group, group, index)
+                stored = self.parents[model].dtype(tensor)
+                shape = self.parents[model].shape(tensor)
+                found.append(Output(name, shape, dtype if stored.is_floating_point else stored))
+        return tuple(found)
+
+    def fill(self, plan: MergePlan, into: Callable[[Output], Tensor]) -> Iterator[Output]:
+        """The canonical merge, written into the CPU tensors that `into` gives (the output's shape and dtype, contiguous).
+
+        Yields every output when it is complete, in the order of `outputs`. The plan need not make every tensor of the
+        base, and may make others from its sources (layers from elsewhere).
+        """
+        dtype = torch_dtype(plan.dtype)
+        outputs = {o.name: o for o in self.outputs(plan)}
         for group in plan.groups:
             if not method(group.operator).native:
                 continue
             for index, name in enumerate(group.tensors):
-                stored = first.dtype(name)
-                out = torch.empty(first.shape(name), dtype=dtype if stored.is_floating_point else stored)
                 with torch.no_grad():
-                    self._merge(plan, group, index, out, dtype, torch.device("cpu"))
-                yield name, out
-        yield from self._by_mergekit(plan, canonical=True)
+                    self._merge(plan, group, index, into(outputs[name]), dtype, torch.device("cpu"))
+                yield outputs[name]
+        for name, tensor in self._by_mergekit(plan, canonical=True):
+            into(outputs[name]).copy_(tensor)
+            yield outputs[name]
 
     def _check(self, plan: MergePlan) -> None:
         if len(plan.models) != len(self.parents):
