@@ -11,6 +11,10 @@ from shoal.merge.checkpoint import Parent
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _SPECIAL = ("bos", "eos", "pad", "unk")
+_ALIGN = (
+    "align the vocabularies first, with mergekit's tokenizer options (tokenizer: {source: ...}) in a YAML through "
+    "`shoal merge CONFIG -o DIR`, then evolve from the result"
+)
 
 
 def check_compatible(parents: Sequence[tuple[str, Parent]]) -> None:
@@ -36,9 +40,10 @@ def check_compatible(parents: Sequence[tuple[str, Parent]]) -> None:
             )
         for tensor in first.names:
             if first.shape(tensor) != parent.shape(tensor):
+                advice = _ALIGN if _vocabularies_differ(first, parent, tensor) else "merge models of one size"
                 raise CheckpointError(
                     f"{pair}: tensor {tensor!r}: expected shape {first.shape(tensor)}, found {parent.shape(tensor)}; "
-                    "models with other vocabularies or widths cannot be merged"
+                    f"{advice}"
                 )
             if first.dtype(tensor).is_floating_point != parent.dtype(tensor).is_floating_point:
                 raise CheckpointError(
@@ -60,6 +65,20 @@ def _layers(config: Mapping[str, Any]) -> int | None:
     return None
 
 
+def _vocabularies_differ(first: Parent, other: Parent, tensor: str) -> bool:
+    """Whether the tensor has another shape only because the models have other vocabularies."""
+    expected, found = first.shape(tensor), other.shape(tensor)
+    sizes = ((_vocabulary(first),), (_vocabulary(other),))
+    return expected[1:] == found[1:] and (expected[:1], found[:1]) == sizes
+
+
+def _vocabulary(parent: Parent) -> int | None:
+    for scope in (parent.config, parent.config.get("text_config") or {}):
+        if "vocab_size" in scope:
+            return int(scope["vocab_size"])
+    return None
+
+
 def check_tokenizers(models: Sequence[tuple[str, Path]]) -> None:
     """Same vocabulary (token -> id) and special tokens as the first of `models`, or CheckpointError.
 
@@ -72,7 +91,7 @@ def check_tokenizers(models: Sequence[tuple[str, Path]]) -> None:
         tokenizer = _tokenizer(name, path)
         found: Mapping[str, int] = tokenizer.get_vocab()
         pair = f"model {name!r}: its tokenizer is not that of {first_name!r}"
-        advice = "merging needs one vocabulary: take it out of the recipe"
+        advice = f"merging needs one vocabulary: take it out of the recipe, or {_ALIGN}"
         for token in sorted(vocabulary.keys() | found.keys()):
             if vocabulary.get(token) != found.get(token):
                 raise CheckpointError(
@@ -84,8 +103,8 @@ def check_tokenizers(models: Sequence[tuple[str, Path]]) -> None:
             if expected_id != found_id:
                 raise CheckpointError(
                     f"{pair}: {kind} token: expected id {expected_id} ({getattr(first, f'{kind}_token')!r}), "
-                    f"found {found_id} ({getattr(tokenizer, f'{kind}_token')!r}); {advice}, or give it the same "
-                    "special tokens"
+                    f"found {found_id} ({getattr(tokenizer, f'{kind}_token')!r}); "
+                    "give it the same special tokens, or take it out of the recipe"
                 )
 
 

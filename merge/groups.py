@@ -15,11 +15,13 @@ from shoal.merge.checkpoint import Parent
 from shoal.types import GroupKind, TensorGroup
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
-# checked in this order: `post_attention_layernorm` is a norm, `attn.q_norm` too
+# checked in this order: `post_attention_layernorm` is a norm, `attn.q_norm` too; BERT's `intermediate` and the `output`
+# beside its attention are the MLP
 _KINDS: tuple[tuple[GroupKind, re.Pattern[str]], ...] = (
-    ("norm", re.compile(r"norm|(?:^|[._])ln_?\w*(?:\.|$)")),
-    ("mlp", re.compile(r"mlp|feed_?forward|ffn|expert|moe|(?:^|\.)fc\d?\.|(?:^|\.)router\.")),
-    ("attn", re.compile(r"attn|attention|[qkvo]_proj|query_key_value")),
+    ("norm", re.compile(r"norm|(?:^|[._])ln_?\w*(?:\.|$)", re.IGNORECASE)),
+    ("mlp", re.compile(r"mlp|feed_?forward|ffn|expert|moe|(?:^|\.)fc\d?\.|(?:^|\.)router\.", re.IGNORECASE)),
+    ("attn", re.compile(r"attn|attention|[qkvo]_proj|query_key_value", re.IGNORECASE)),
+    ("mlp", re.compile(r"^intermediate\.|^output\.dense\.|DenseReluDense|DenseGatedActDense")),
 )
 _TEXT_MODULES = ("default", "text_model", "text_decoder", "language_model", "text")
 Places = dict[str, tuple[int | None, GroupKind]]

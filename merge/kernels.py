@@ -49,8 +49,8 @@ def tree_sum(values: Tensor) -> float:
     x[: values.numel()] = values
     while size > 1:
         size //= 2
-        x = x[:size] + x[size:]
-    return float(x)
+        x[:size].add_(x[size : 2 * size])
+    return float(x[0])
 
 
 def l1_ratio(delta: Tensor, keep: Callable[[slice, Tensor], Tensor]) -> float:

@@ -5,42 +5,44 @@ mergekit plans and computes; parents come from our own readers, so adapters and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shoal.errors import CheckpointError
 from shoal.merge.adapter import Adapter
-from shoal.merge.checkpoint import Parent
+from shoal.merge.checkpoint import INDEX, Parent
+from shoal.merge.disk import SHARD_BYTES
+from shoal.merge.mergekit_plan import (
+    Loader,
+    Planned,
+    line_of,
+    plan_config,
+    read_config,
+    seeded,
+    with_references,
+)
 from shoal.merge.mergekit_yaml import config_of
 from shoal.merge.methods import method
+from shoal.merge.resident import Output
 from shoal.merge.runtime import torch_dtype
+from shoal.merge.writer import (
+    MERGEKIT_CONFIG,
+    TOKENIZER_FILES,
+    Progress,
+    chat_template_text,
+    copy_files,
+    new_folder,
+    write_json,
+    write_shards,
+)
 from shoal.types import MergePlan
-
-
-@dataclass(frozen=True)
-class _Index:
-    tensor_paths: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Loader:
-    """What mergekit asks of a loader, answered by a Parent."""
-
-    parent: Parent
-    index: _Index
-
-    def get_tensor(self, key: str, device: str = "cpu", aliases: Sequence[str] | None = None) -> Tensor:
-        # some methods write into what they get; the memory-mapped original must stay as it is
-        return self.parent.tensor(key).to(device, copy=True)
-
-    def flush(self) -> None:
-        return None
 
 
 def merge_by_mergekit(
@@ -63,7 +65,7 @@ def merge_by_mergekit(
     cache = LoaderCache()
     cache.setup(options)
     for reference, parent in zip(references, parents, strict=True):
-        cache.loaders[reference] = _Loader(parent, _Index({n: n for n in parent.names}))
+        cache.loaders[reference] = Loader.of(parent)
     first = 0 if plan.base is None else plan.base
     try:
         names = [name for g in part.groups for name in g.tensors]
@@ -72,11 +74,11 @@ def merge_by_mergekit(
         names_of = {id(task): weight.name for weight, task in planner._tensors}
         run = Executor([task for _, task in planner._tensors]).run(quiet=True)
         dtype = torch_dtype(plan.dtype)
-        for task, value in _seeded(run, plan.seed, canonical):
+        for task, value in seeded(run, plan.seed, canonical):
             yield names_of[id(task)], value.to(dtype) if value.is_floating_point() else value
     except (RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"mergekit cannot merge by {method(operator).name!r}: {_line(error)}"
+            f"mergekit cannot merge by {method(operator).name!r}: {line_of(error)}"
         ) from error
     finally:
         for reference in references:
@@ -108,27 +110,6 @@ def _architecture(names: Sequence[str]) -> Any:
     return ModelArchitecture(modules={"default": module}, architectures=["shoal"], model_type="shoal")
 
 
-def _seeded(run: Iterator[Any], seed: int, one_thread: bool) -> Iterator[Any]:
-    """Steps of `run` with a random stream of their own: what happens between the steps neither sees nor moves it."""
-    state = torch.Generator().manual_seed(seed).get_state()
-    while True:
-        threads = torch.get_num_threads()
-        outer = torch.get_rng_state()
-        try:
-            if one_thread:
-                torch.set_num_threads(1)
-            torch.set_rng_state(state)
-            step = next(run, None)
-            state = torch.get_rng_state()
-        finally:
-            torch.set_rng_state(outer)
-            if one_thread:
-                torch.set_num_threads(threads)
-        if step is None:
-            return
-        yield step
-
-
 def _reference(parent: Parent) -> Any:
     from mergekit.common import ModelPath, ModelReference
 
@@ -142,29 +123,139 @@ def _configuration(config: dict[str, Any]) -> Any:
     return MergeConfiguration.model_validate(config)
 
 
+@dataclass(frozen=True)
+class Written:
+    """What `write_config` wrote. seconds: of the whole call. by_mergekit: why mergekit made tensors, and how many.
+
+    notes: what a user should know, e.g. what is not bit for bit what mergekit would write.
+    """
+
+    folder: Path
+    tensors: int
+    bytes: int
+    seconds: float
+    by_mergekit: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    def words(self) -> str:
+        """One line for people."""
+        line = f"{self.folder}: {self.tensors} tensors, {self.bytes / 1e9:.2f} GB in {self.seconds:.1f} s"
+        if self.by_mergekit:
+            why = ", ".join(f"{reason} ({count})" for reason, count in self.by_mergekit.items())
+            line += f"; {sum(self.by_mergekit.values())} by mergekit: {why}"
+        return "; ".join([line, *self.notes])
+
+
+def write_config(
+    yaml_path: Path,
+    out_dir: Path,
+    seed: int = 0,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Written:
+    """Make the model that a mergekit YAML describes, disk to disk, in bounded memory.
+
+    Tensors are made by our kernels where they can, the others by mergekit; configuration, tokenizer, model card and
+    mergekit_config.yml are what mergekit writes, generation_config.json and other tokenizer files of the donor come
+    along. seed: of random masks. CheckpointError, in one line, for everything that is wrong; then `out_dir` is as
+    it was.
+    """
+    started = time.perf_counter()
+    yaml_path, out_dir = Path(yaml_path), Path(out_dir)
+    text, data = read_config(yaml_path)
+    with new_folder(out_dir) as folder, _quiet():
+        planned = plan_config(data, str(yaml_path), seed)
+        template = planned.config.chat_template
+        if template is not None:
+            chat_template_text(template, ())
+        outputs = planned.outputs()
+        try:
+            index = write_shards(
+                folder, outputs, lambda into: planned.fill(into, seed), max_shard_bytes, progress
+            )
+        except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, KeyError) as error:
+            raise CheckpointError(f"{yaml_path}: mergekit cannot merge it: {line_of(error)}") from error
+        notes = [*planned.notes, *_write_files(folder, planned, outputs, data, text, out_dir.name)]
+        if index is not None:
+            write_json(folder / INDEX, index)
+    return Written(
+        out_dir,
+        len(outputs),
+        sum(o.nbytes for o in outputs),
+        time.perf_counter() - started,
+        planned.by_mergekit,
+        tuple(notes),
+    )
+
+
+def _write_files(
+    folder: Path, planned: Planned, outputs: Sequence[Output], data: Mapping[str, Any], text: str, name: str
+) -> list[str]:
+    """Everything but the weights, by mergekit's own functions; what could not be written, in words."""
+    from mergekit.card import generate_card
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import _copy_tagalong_files, _copy_tokenizer, _set_chat_template
+    from mergekit.options import MergeOptions
+
+    options = MergeOptions(quiet=True)
+    donor = Path(planned.donor.model.path)
+    notes = []
+    dtypes = {o.dtype for o in outputs if o.dtype.is_floating_point}
+    if planned.config.dtype is None and planned.config.out_dtype is None and len(dtypes) == 1:
+        # mergekit leaves the donor's, and whoever loads by it would round the weights
+        planned.out_config.dtype = dtypes.pop()
+    planned.out_config.save_pretrained(folder)
+    (folder / MERGEKIT_CONFIG).write_text(text, encoding="utf-8")
+    if planned.tokenizer is not None:
+        tokenizer = planned.tokenizer.tokenizer
+        _set_chat_template(tokenizer, planned.files)
+        tokenizer.save_pretrained(folder)
+    else:
+        try:
+            _copy_tokenizer(planned.files, str(folder), options)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+            notes.append(f"no tokenizer could be copied from {donor}: {line_of(error)}")
+        if planned.config.chat_template is None:
+            copy_files(donor, folder, TOKENIZER_FILES)
+    copy_files(donor, folder, ("generation_config.json",))
+    _copy_tagalong_files(planned.files, str(folder), planned.architecture.tagalong_files or [], options)
+    # for a folder that could be a Hub id, the card would ask the Hub
+    card = with_references(MergeConfiguration.model_validate(data), _absolute)
+    (folder / "README.md").write_text(generate_card(card, text, name), encoding="utf-8")
+    return notes
+
+
+def _absolute(reference: Any) -> Any:
+    def path(part: Any) -> Any:
+        return (
+            part.model_copy(update={"path": str(Path(part.path).resolve())})
+            if Path(part.path).exists()
+            else part
+        )
+
+    lora = None if reference.lora is None else path(reference.lora)
+    return reference.model_copy(update={"model": path(reference.model), "lora": lora})
+
+
 def merge_mergekit_config(yaml_path: Path, out_dir: Path) -> None:
-    """Run any mergekit YAML with mergekit itself; `out_dir` appears only when all of it is written.
+    """The same by mergekit alone, as `mergekit-yaml` does it: slower, for comparison.
 
     CheckpointError, in one line, for everything that mergekit objects to.
     """
-    import yaml
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    from shoal.merge.writer import new_folder
-
-    text = Path(yaml_path).read_text(encoding="utf-8")
+    text, data = read_config(Path(yaml_path))
     with new_folder(out_dir) as folder, _quiet():
         cache = folder / ".lora"
         options = MergeOptions(quiet=True, lora_merge_cache=str(cache), lora_merge_dtype="float32")
         try:
-            config = MergeConfiguration.model_validate(yaml.safe_load(text))
-            run_merge(config, str(folder), options, config_source=text)
+            run_merge(MergeConfiguration.model_validate(data), str(folder), options, config_source=text)
         except Exception as error:  # mergekit raises whatever its parts raise; to a user it is one refusal
-            raise CheckpointError(f"{yaml_path}: mergekit refuses it: {_line(error)}") from error
+            raise CheckpointError(f"{yaml_path}: mergekit refuses it: {line_of(error)}") from error
         finally:
-            _remove(cache)
+            shutil.rmtree(cache, ignore_errors=True)
 
 
 @contextmanager
@@ -178,13 +269,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

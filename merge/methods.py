@@ -1,6 +1,6 @@
 """The merge methods, their parameters and where a search of them starts; no torch in here.
 
-Names and semantics are mergekit's (0.1.5): what a plan says is what the same numbers in a mergekit YAML say. Six
+Names and semantics are mergekit's (0.1.5): what a plan says is what the same numbers in a mergekit YAML say. Most
 methods have kernels of our own (`native`); the others are done by mergekit, slower, through the same interface.
 A plan that leaves out a parameter means the default written here, and `resolved` is the one place that fills it in.
 """
@@ -24,7 +24,8 @@ class Method:
 
     base: whether there is a base model that is no source (`none`: every model is a source with a weight).
     min_sources, max_sources: how many sources, the base not counted; None: no limit.
-    options: switches that no search touches, with their defaults. native: merged by our own kernels.
+    options: switches that no search touches, with their defaults. native: merged by our own kernels, as long as the
+    options in native_options have the values given there.
     """
 
     name: str
@@ -34,7 +35,13 @@ class Method:
     max_sources: int | None = None
     native: bool = False
     options: Mapping[str, bool | float] = field(default_factory=dict)
+    native_options: Mapping[str, bool | float] = field(default_factory=dict)
     version: int = 1
+
+    @property
+    def drops(self) -> bool:
+        """Whether it drops elements of the sources' deltas."""
+        return any(p.name in ("density", "select_topk") for p in self.parameters)
 
 
 @dataclass(frozen=True)
@@ -99,31 +106,45 @@ METHODS: Mapping[str, Method] = {
         _sparse("ties", normalize=True, rescale=False, native=True),
         _sparse("dare_linear", normalize=False, rescale=True, native=True),
         _sparse("dare_ties", normalize=False, rescale=True, native=True),
-        _sparse("breadcrumbs", normalize=False, rescale=False, parameters=(*_SPARSE, _GAMMA)),
-        _sparse("breadcrumbs_ties", normalize=False, rescale=False, parameters=(*_SPARSE, _GAMMA)),
-        _sparse("della", normalize=True, rescale=True, parameters=_DELLA),
-        _sparse("della_linear", normalize=False, rescale=True, parameters=_DELLA),
-        Method("model_stock", (), base="required", min_sources=2, options={"filter_wise": False}),
+        _sparse("breadcrumbs", normalize=False, rescale=False, native=True, parameters=(*_SPARSE, _GAMMA)),
+        _sparse(
+            "breadcrumbs_ties", normalize=False, rescale=False, native=True, parameters=(*_SPARSE, _GAMMA)
+        ),
+        _sparse("della", normalize=True, rescale=True, native=True, parameters=_DELLA),
+        _sparse("della_linear", normalize=False, rescale=True, native=True, parameters=_DELLA),
+        Method(
+            "model_stock",
+            (),
+            base="required",
+            min_sources=2,
+            native=True,
+            options={"filter_wise": False},
+            native_options={"filter_wise": False},
+        ),
         Method(
             "nuslerp",
             (_weight(0.0, 1.0),),
             base="optional",
             min_sources=2,
             max_sources=2,
+            native=True,
             options={"nuslerp_row_wise": False, "nuslerp_flatten": True},
+            native_options={"nuslerp_flatten": True},
         ),
         Method(
             "multislerp",
             (_weight(0.0, 1.0),),
             base="optional",
+            native=True,
             options={"normalize_weights": True, "eps": 1e-8},
         ),
         Method(
             "sce",
             (ParameterSpec("select_topk", "group", 0.05, 1.0, 1.0, domain=(0.0, 1.0)),),
             base="required",
+            native=True,
         ),
-        Method("karcher", (), base="none", options={"max_iter": 10, "tol": 1e-5}),
+        Method("karcher", (), base="none", native=True, options={"max_iter": 10, "tol": 1e-5}),
         Method(
             "nearswap",
             (ParameterSpec("t", "group", 0.0, 0.01, 0.001, domain=(0.0, float("inf"))),),
@@ -141,7 +162,13 @@ METHODS: Mapping[str, Method] = {
             ),
             base="required",
         ),
-        Method("passthrough", (ParameterSpec("scale", "source", 0.5, 1.5, 1.0),), base="none", max_sources=1),
+        Method(
+            "passthrough",
+            (ParameterSpec("scale", "source", 0.5, 1.5, 1.0),),
+            base="none",
+            max_sources=1,
+            native=True,
+        ),
     )
 }
 
@@ -180,11 +207,24 @@ def resolved(group: OutputGroup) -> Resolved:
     return Resolved(tuple(per_source), {**shared, **chosen.options, **group.parameters})
 
 
-def check_plan(plan: MergePlan) -> None:
-    """RecipeError where a plan cannot be merged: unknown methods and parameters, wrong sources, a base missing."""
+def is_native(group: OutputGroup) -> bool:
+    """Whether our own kernels make this group."""
+    chosen = method(group.operator)
+    return chosen.native and all(
+        group.parameters.get(name, chosen.options[name]) == value
+        for name, value in chosen.native_options.items()
+    )
+
+
+def check_plan(plan: MergePlan) -> tuple[Resolved, ...]:
+    """All parameters of each group; RecipeError where a plan cannot be merged.
+
+    Unknown methods and parameters, wrong sources, a base that is missing or a source too.
+    """
+    found = []
     for group in plan.groups:
         chosen = method(group.operator)
-        resolved(group)
+        found.append(resolved(group))
         where = f"group {group.name!r}, method {chosen.name!r}"
         if chosen.base == "required" and plan.base is None:
             raise RecipeError(f"{where}: needs a base model, and the plan names none")
@@ -195,6 +235,7 @@ def check_plan(plan: MergePlan) -> None:
                 raise RecipeError(
                     f"{where}: the base model {plan.models[source.model]!r} cannot also be a source"
                 )
+    return tuple(found)
 
 
 def _check(

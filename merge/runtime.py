@@ -1,7 +1,4 @@
-"""The runtime model (transformers), and the map from checkpoint tensors to its parameters.
-
-A map is believed only after a round trip: the model, as loaded, must hold the base's tensors at the mapped places.
-"""
+"""The runtime model: loaded by transformers, and filled by it where there is no map to its parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import CheckpointError, RecipeError, nearest
-from shoal.merge.checkpoint import Parent
 
 _DTYPES = {
     "float32": torch.float32,
@@ -32,49 +28,29 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def load_runtime(path: Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> nn.Module:
-    """The causal language model in `path`, in eval mode, without gradients, computing in `dtype` on `device`."""
+    """The causal language model in `path`, in eval mode, without gradients, computing in `dtype` on `device`.
+
+    CheckpointError where there is none: models without such a head (encoders, classifiers) are merged without a
+    runtime model, by `Merger(parents, groups).tensors`.
+    """
     from transformers import AutoModelForCausalLM
 
     wanted = torch_dtype(dtype) if isinstance(dtype, str) else dtype
+    model: nn.Module
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            path, dtype=wanted, local_files_only=True, trust_remote_code=False
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=wanted, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: transformers cannot load it as a causal language model: {error}"
         ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{path}: holds no tensor for {missing[0]!r} ({len(missing)} in all), which {type(model).__name__} needs; "
+            "transformers would fill it at random: only a causal language model can be run here"
+        )
     return model.to(device).eval().requires_grad_(False)
-
-
-def runtime_map(model: nn.Module, base: Parent) -> tuple[dict[str, Tensor], str | None]:
-    """Where each tensor of `base` lives in `model`: checkpoint name -> parameter, and why not where there is no map.
-
-    Tied weights appear once: the checkpoint's name for either twin leads to the one shared parameter.
-    """
-    held = {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-    }
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found: dict[str, Tensor] = {}
-    for name in base.names:
-        # checkpoints of a bare model lack the prefix, and the other way round
-        candidates = (name, prefix + name, name.removeprefix(prefix))
-        parameter = next((held[c] for c in candidates if c in held), None)
-        if parameter is None:
-            return {}, f"tensor {name!r} has no parameter of its own in {type(model).__name__}"
-        if tuple(parameter.shape) != base.shape(name):
-            return {}, f"tensor {name!r} has another shape in {type(model).__name__}"
-        expected = base.tensor(name).to(device=parameter.device, dtype=parameter.dtype)
-        if not torch.equal(parameter.detach(), expected):
-            return {}, f"tensor {name!r} has other values in {type(model).__name__}"
-        found[name] = parameter.detach()
-    filled = {p.data_ptr() for p in found.values()}
-    for name, parameter in model.named_parameters():
-        if parameter.numel() and parameter.data_ptr() not in filled:
-            return {}, f"parameter {name!r} of {type(model).__name__} is filled by no tensor"
-    return found, None
 
 
 def convert_into(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -84,7 +60,7 @@ def convert_into(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Non
     config: Any = model.config
     dtype = next(model.parameters()).dtype
     fresh: nn.Module = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    values: Mapping[str, Tensor] = dict(fresh.named_parameters())
+    values: Mapping[str, Tensor] = fresh.state_dict()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(values[name])
+        for name, tensor in model.state_dict().items():  # stored buffers too: some routers have a bias in one
+            tensor.copy_(values[name])

@@ -6,26 +6,27 @@ Everything goes into a temporary folder beside the target, the index last; then 
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from shoal.errors import CheckpointError, nearest
-from shoal.merge.checkpoint import INDEX, SINGLE, read_json
+from shoal.merge.checkpoint import INDEX, read_json
+from shoal.merge.disk import SHARD_BYTES, create
+from shoal.merge.resident import Output
 from shoal.types import MergePlan
 
 MERGEKIT_CONFIG = "mergekit_config.yml"
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -41,19 +42,32 @@ _TOKENIZER_FILES = (
 )
 _TEMPLATE = "chat_template.jinja"
 
+Fill = Callable[[Callable[[Output], Tensor]], Iterable[Output]]
+# what is complete: tensors, all tensors, their bytes, all bytes
+Progress = Callable[[int, int, int, int], None]
+
+
+class Merge(Protocol):
+    """What makes the tensors of a plan; Merger is one. See there."""
+
+    def outputs(self, plan: MergePlan) -> tuple[Output, ...]: ...
+
+    def fill(self, plan: MergePlan, into: Callable[[Output], Tensor]) -> Iterator[Output]: ...
+
 
 def write_model(
     out_dir: Path,
     plan: MergePlan,
-    tensors: Iterable[tuple[str, Tensor]],
+    merger: Merge,
     base_path: Path,
     tokenizer_path: Path,
     chat_template: str | None = None,
     mergekit_yaml: str = "",
-    max_shard_bytes: int = 1 << 30,
+    max_shard_bytes: int = SHARD_BYTES,
     parent_paths: Sequence[Path] = (),
+    progress: Progress | None = None,
 ) -> None:
-    """Write `tensors` (checkpoint names, in plan.dtype; streamed, one shard in memory) as a model folder.
+    """Write the merge of `plan` by `merger` as a model folder; the tensors are made in the mapped files themselves.
 
     base_path: gives config.json and generation_config.json. tokenizer_path: its tokenizer files are copied as they
     are. chat_template: a Jinja text, one of mergekit's names (`chatml`, ...), `auto` (the commonest among
@@ -63,32 +77,69 @@ def write_model(
     config = read_json(Path(base_path) / "config.json", "the base's configuration")
     template = chat_template_text(chat_template, [*parent_paths] or [Path(tokenizer_path)])
     with new_folder(out_dir) as folder:
-        index = _write_shards(folder, tensors, max_shard_bytes)
+        index = write_shards(
+            folder, merger.outputs(plan), lambda into: merger.fill(plan, into), max_shard_bytes, progress
+        )
         config["dtype"] = plan.dtype
         if "torch_dtype" in config:  # the name before transformers 5, still read by older tools
             config["torch_dtype"] = plan.dtype
-        _write_json(folder / "config.json", config)
-        _copy(Path(base_path), folder, ("generation_config.json",))
-        _copy(Path(tokenizer_path), folder, _TOKENIZER_FILES)
+        write_json(folder / "config.json", config)
+        copy_files(Path(base_path), folder, ("generation_config.json",))
+        copy_files(Path(tokenizer_path), folder, TOKENIZER_FILES)
         if template is not None:
-            _set_template(folder, template)
+            set_template(folder, template)
         if mergekit_yaml:
             (folder / MERGEKIT_CONFIG).write_text(mergekit_yaml, encoding="utf-8")
         if index is not None:
-            _write_json(folder / INDEX, index)
+            write_json(folder / INDEX, index)
+
+
+def write_shards(
+    folder: Path,
+    outputs: Sequence[Output],
+    fill: Fill,
+    limit: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> dict[str, Any] | None:
+    """Let `fill` write `outputs` into safetensors files in `folder`; the index to write last, None for a single file.
+
+    fill(into) writes every output into the tensor that `into` gives and yields it when it is complete.
+    CheckpointError when it does not yield each of them once.
+    """
+    total = sum(o.nbytes for o in outputs)
+    made: set[str] = set()
+    size = 0
+    with create(folder, outputs, limit) as files:
+        for output in fill(files.into):
+            files.done(output)
+            made.add(output.name)
+            size += output.nbytes
+            if progress is not None:
+                progress(len(made), len(outputs), size, total)
+        if missing := [o.name for o in outputs if o.name not in made]:
+            raise CheckpointError(
+                f"the merge did not make tensor {missing[0]!r} ({len(missing)} of {len(outputs)} are missing); "
+                "please report this"
+            )
+    return files.index()
 
 
 @contextmanager
 def new_folder(out_dir: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out_dir` when the block ends well, and is gone when it does not."""
+    """A temporary folder that becomes `out_dir` when the block ends well, and is gone when it does not.
+
+    A process that is killed leaves `.NAME.shoal-merging-PID-...` behind; the next merge to the same place removes it.
+    """
     out_dir = Path(out_dir)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise CheckpointError(f"{out_dir}: exists and is not empty; choose another folder, or remove it")
+    _refuse_existing(out_dir)
+    prefix = f".{out_dir.name}.shoal-merging-"
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+        _remove_leftovers(out_dir.parent, prefix)
+        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out_dir.parent))
     except OSError as error:
         raise CheckpointError(f"{out_dir}: cannot be created: {error}") from error
+    lock = _lock(folder)
     try:
         yield folder
         for path in sorted(folder.rglob("*")):
@@ -96,51 +147,77 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
         folder.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         _sync(folder)
         if out_dir.exists():
-            out_dir.rmdir()  # empty, as checked above
+            _refuse_existing(out_dir)  # somebody else may have been faster
+            out_dir.rmdir()
         folder.rename(out_dir)
         _sync(out_dir.parent)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if full:
-            raise CheckpointError(
-                f"{out_dir.parent}: the disk is full; free some space or choose another disk (nothing was written)"
-            ) from error
-        raise CheckpointError(f"{out_dir}: cannot be written: {error}") from error
+    except OSError as error:
+        raise CheckpointError(_refusal(out_dir, error)) from error
     finally:
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> dict[str, Any] | None:
-    """Shards of at most `limit` bytes (a larger tensor gets its own); the index, or None for a single file."""
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    size = total = 0
+def _refuse_existing(out_dir: Path) -> None:
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise CheckpointError(f"{out_dir}: exists and is not empty; choose another folder, or remove it")
 
-    def flush() -> None:
-        nonlocal pending, size
-        save_file(pending, folder / f"part-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending, size = {}, 0
 
-    for name, tensor in tensors:
-        bytes_ = tensor.numel() * tensor.element_size()
-        if pending and size + bytes_ > limit:
-            flush()
-        pending[name] = tensor.detach().cpu().contiguous()
-        size += bytes_
-        total += bytes_
-    if pending:
-        flush()
-    if len(shards) <= 1:
-        if shards:
-            (folder / "part-0").rename(folder / SINGLE)
+def _refusal(out_dir: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = ""
+        with suppress(OSError):
+            free = f", {shutil.disk_usage(out_dir.parent).free / 1e9:.2f} GB are free"
+        return (
+            f"{out_dir.parent}: the disk is full{free}; free some space or choose another disk "
+            "(nothing was written)"
+        )
+    if error.errno == errno.EFBIG:
+        return (
+            f"{out_dir}: a file would be larger than this system allows; merge into smaller shards, or raise the "
+            "limit (ulimit -f) (nothing was written)"
+        )
+    return f"{out_dir}: cannot be written: {error}"
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock that lasts as long as this process: a folder without one belongs to nobody."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows
         return None
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"part-{number}").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove_leftovers(parent: Path, prefix: str) -> None:
+    for folder in parent.glob(f"{glob.escape(prefix)}*"):
+        pid = folder.name.removeprefix(prefix).partition("-")[0]
+        if not pid.isdigit() or folder.is_symlink() or not folder.is_dir():
+            continue
+        lock = _lock(folder)
+        if lock is None:  # somebody holds it, perhaps in another container, where processes count differently
+            continue
+        os.close(lock)
+        if not _alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def chat_template_text(wanted: str | None, paths: Sequence[Path]) -> str | None:
@@ -176,23 +253,23 @@ def _own_template(path: Path) -> str | None:
     return template.strip() if isinstance(template, str) else None
 
 
-def _set_template(folder: Path, template: str) -> None:
+def set_template(folder: Path, template: str) -> None:
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         data = read_json(settings, "the tokenizer's settings")
         if data.pop("chat_template", None) is not None:
-            _write_json(settings, data)
+            write_json(settings, data)
     (folder / "chat_template.json").unlink(missing_ok=True)
     (folder / _TEMPLATE).write_text(template, encoding="utf-8")
 
 
-def _copy(source: Path, folder: Path, names: Sequence[str]) -> None:
+def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
 
-def _write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -16,6 +16,8 @@ def evolve(
     run: str | Path | None = None,
     *,
     device: str = "auto",
+    memory: str = "auto",
+    memory_limit: int | None = None,
     reopen_test: bool = False,
     save_weights: bool = False,
     observer: Observer | None = None,
@@ -24,6 +26,8 @@ def evolve(
 
     recipe: a file, or a loaded recipe (its relative paths are then relative to the working directory).
     run: the run's folder, default `runs/NAME`. device: auto, cpu, cuda or cuda:N.
+    memory: where the parents are kept: device, host (streamed to the device), disk, or auto (by size).
+    memory_limit: bytes of device memory to stay under.
     reopen_test: allow a larger budget after the test items were opened; the claim says how often they were.
 
     Raises:
@@ -37,6 +41,8 @@ def evolve(
         where,
         base_folder=folder,
         device=device,
+        memory=memory,
+        memory_limit=memory_limit,
         reopen_test=reopen_test,
         save_weights=save_weights,
         observer=observer,

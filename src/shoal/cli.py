@@ -31,6 +31,15 @@ app.add_typer(zoo_app, name="zoo")
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="Folder of the run; default runs/NAME.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+MemoryOption = Annotated[
+    str,
+    typer.Option(
+        "--memory", help="Where the parents are kept: auto (by size), device, host (streamed), or disk."
+    ),
+]
+LimitOption = Annotated[
+    float | None, typer.Option("--memory-limit", min=0.0, help="GiB of device memory to stay under.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")]
 SaveOption = Annotated[
     bool, typer.Option("--save-weights", help="Also write the winner as a model folder, RUN/best/model.")
@@ -97,25 +106,33 @@ def evolve(
     recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
     run: RunOption = None,
     device: DeviceOption = "auto",
+    memory: MemoryOption = "auto",
+    memory_limit: LimitOption = None,
     reopen_test: ReopenOption = False,
     save_weights: SaveOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Start the run of a recipe, or continue it where it stopped."""
-    _evolve(recipe, run, device, reopen_test, save_weights, quiet)
+    _evolve(recipe, run, device, reopen_test, save_weights, quiet, memory, _bytes(memory_limit))
 
 
 @app.command()
 @guarded
-def validate(recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")]) -> None:
+def validate(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    device: DeviceOption = "auto",
+    memory: MemoryOption = "auto",
+    memory_limit: LimitOption = None,
+) -> None:
     """Check a recipe, and say what its run would do and what its test items can show."""
     from shoal.outlook import describe
     from shoal.preflight import prepare
     from shoal.recipe import load_recipe
+    from shoal.worker import resolve_device
 
     console = _console()
     prepared = prepare(load_recipe(recipe), recipe.parent, lambda text: None)
-    rows = describe(prepared)
+    rows = describe(prepared, resolve_device(device), memory, _bytes(memory_limit))
     width = max(len(topic) for topic, _ in rows)
     for topic, sentence in rows:
         console.print(f"{topic:>{width}}  {sentence}", markup=False, highlight=False, soft_wrap=True)
@@ -129,8 +146,21 @@ def merge(
     candidate: Annotated[
         str | None, typer.Option(help="Another candidate of the run than its winner, by its id.")
     ] = None,
+    seed: Annotated[int, typer.Option(help="Of random masks (DARE, DELLA), for a mergekit YAML.")] = 0,
+    shard_size: Annotated[
+        float, typer.Option(min=0.001, help="Largest file in GB, for a mergekit YAML.")
+    ] = 1.0,
+    quiet: QuietOption = False,
 ) -> None:
     """Write a complete model folder: the winner of a run, any of its candidates, or what a mergekit YAML says."""
+    try:
+        _merge(source, out, candidate, seed, shard_size, quiet)
+    except KeyboardInterrupt:
+        typer.echo(f"error: interrupted; {out} was not written", err=True)
+        raise typer.Exit(130) from None
+
+
+def _merge(source: Path, out: Path, candidate: str | None, seed: int, shard_size: float, quiet: bool) -> None:
     if source.is_dir():
         from shoal.merge_run import write_candidate
 
@@ -141,10 +171,14 @@ def merge(
         raise RunError(f"--candidate names a candidate of a run, but {source} is no run folder")
     if not source.is_file():
         raise RunError(f"{source}: expected the folder of a run or a mergekit YAML, found nothing")
-    from shoal.merge.mergekit_bridge import merge_mergekit_config
+    from shoal.merge.mergekit_bridge import write_config
+    from shoal.progress import merging
 
-    merge_mergekit_config(source, out)
-    typer.echo(f"{out}: merged as {source} says")
+    with merging(_console(), quiet) as progress:
+        written = write_config(
+            source, out, seed=seed, max_shard_bytes=int(shard_size * 1e9), progress=progress
+        )
+    typer.echo(written.words())
 
 
 @app.command()
@@ -225,7 +259,14 @@ def zoo_smollm2(
 
 
 def _evolve(
-    recipe_path: Path, run: Path | None, device: str, reopen_test: bool, save_weights: bool, quiet: bool
+    recipe_path: Path,
+    run: Path | None,
+    device: str,
+    reopen_test: bool,
+    save_weights: bool,
+    quiet: bool,
+    memory: str = "auto",
+    memory_limit: int | None = None,
 ) -> None:
     from shoal.api import evolve as evolve_run
     from shoal.progress import observer
@@ -239,6 +280,8 @@ def _evolve(
             recipe_path,
             run,
             device=device,
+            memory=memory,
+            memory_limit=memory_limit,
             reopen_test=reopen_test,
             save_weights=save_weights,
             observer=seen,
@@ -254,6 +297,10 @@ def _evolve(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not (run / "best" / "model").is_dir():
         console.print(f"weights: shoal merge {run} -o DIR", markup=False, highlight=False, soft_wrap=True)
+
+
+def _bytes(gibibytes: float | None) -> int | None:
+    return None if gibibytes is None else int(gibibytes * 2**30)
 
 
 def _console() -> Any:

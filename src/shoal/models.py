@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shoal.errors import CheckpointError
 from shoal.lock import ModelLock
@@ -15,6 +16,13 @@ SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 HASHED_FILES = ("*.safetensors", *SMALL_FILES)
 
 Say = Callable[[str], None]
+
+
+def open_parents(models: Sequence[ModelLock]) -> list[Any]:
+    """Readers of locked models (`shoal.merge.Parent`), in the lock's order."""
+    from shoal.merge.adapter import open_parent
+
+    return [open_parent(Path(m.folder), None if m.adapter is None else Path(m.adapter)) for m in models]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from shoal.lock import Lock
+from shoal.models import open_parents
 from shoal.preflight import Prepared
 from shoal.recipe import Recipe
 from shoal.search.power import detectable_difference
@@ -13,7 +14,9 @@ from shoal.types import ROLES
 DISCORDANT = 0.2  # share of test items on which two merges differ, assumed for the power statement
 
 
-def describe(prepared: Prepared) -> list[tuple[str, str]]:
+def describe(
+    prepared: Prepared, device: str = "cpu", memory: str = "auto", memory_limit: int | None = None
+) -> list[tuple[str, str]]:
     """What the run would do, as (topic, sentence) rows for `shoal validate`."""
     recipe, lock, space = prepared.recipe, prepared.lock, prepared.space
     rows = []
@@ -26,6 +29,7 @@ def describe(prepared: Prepared) -> list[tuple[str, str]]:
             f"{lock.operator}, weights written as {lock.dtype}, scored as {_compute_dtype(recipe, lock)}",
         )
     )
+    rows.append(("memory", _memory(prepared, device, memory, memory_limit)))
     rows.append(("space", f"{space.shape}, {space.size} genes"))
     for parameter, name, low, high in space.ranges():
         rows.append(
@@ -78,6 +82,17 @@ def describe(prepared: Prepared) -> list[tuple[str, str]]:
     )
     rows += [("note", note) for note in prepared.notes]
     return rows
+
+
+def _memory(prepared: Prepared, device: str, memory: str, limit: int | None) -> str:
+    from shoal.merge.memory import plan_memory
+    from shoal.merge.methods import method
+    from shoal.merge.runtime import torch_dtype
+
+    lock = prepared.lock
+    runtime = torch_dtype(_compute_dtype(prepared.recipe, lock))
+    sparse = method(lock.operator).drops
+    return plan_memory(open_parents(lock.models), device, runtime, sparse, memory, limit).words()
 
 
 def test_power(lock: Lock) -> tuple[int, float]:

@@ -9,17 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal.lock import Lock, write_text
+from shoal.models import open_parents
 from shoal.recipe import Recipe
 from shoal.types import MergePlan
-
-
-def open_parents(lock: Lock) -> list[Any]:
-    from shoal.merge.adapter import open_parent
-
-    return [
-        open_parent(Path(model.folder), None if model.adapter is None else Path(model.adapter))
-        for model in lock.models
-    ]
 
 
 def plan_tensors(lock: Lock, plan: MergePlan) -> Iterator[tuple[str, Any]]:
@@ -27,7 +19,7 @@ def plan_tensors(lock: Lock, plan: MergePlan) -> Iterator[tuple[str, Any]]:
     from shoal.merge.resident import Merger
     from shoal.preflight import groups_of
 
-    return Merger(open_parents(lock), groups_of(lock.models)).tensors(plan)
+    return Merger(open_parents(lock.models), groups_of(lock.models)).tensors(plan)
 
 
 def winner_sha256(lock: Lock, plan: MergePlan) -> str:
@@ -64,7 +56,7 @@ def mergekit_yaml(lock: Lock, recipe: Recipe, plan: MergePlan) -> str:
         references,
         tokenizer_source=source,
         chat_template=recipe.output.chat_template,
-        parent=open_parents(lock)[0],
+        parent=open_parents(lock.models)[0],
     )
 
 
@@ -85,12 +77,14 @@ def read_plan(folder: Path) -> MergePlan:
 
 def write_weights(out: Path, lock: Lock, recipe: Recipe, plan: MergePlan) -> None:
     """A complete model folder: canonical weights, configuration, tokenizer, generation configuration."""
+    from shoal.merge.resident import Merger
     from shoal.merge.writer import write_model
+    from shoal.preflight import groups_of
 
     write_model(
         out,
         plan,
-        plan_tensors(lock, plan),
+        Merger(open_parents(lock.models), groups_of(lock.models)),
         base_path=Path(lock.models[0].folder),
         tokenizer_path=Path(lock.models[lock.tokenizer].folder),
         chat_template=recipe.output.chat_template,

@@ -18,7 +18,7 @@ from shoal.errors import CheckpointError, RecipeError, nearest
 from shoal.evals.catalogue import Catalogue
 from shoal.lock import Lock, ModelLock, Seeds, new_lock
 from shoal.merge.methods import Method, method
-from shoal.models import ResolvedModel, check_files, resolve_models, zoo_progress
+from shoal.models import ResolvedModel, check_files, open_parents, resolve_models, zoo_progress
 from shoal.recipe import Recipe, parse_model
 from shoal.roles import lock_tasks
 from shoal.search.optimizer import default_popsize, default_sigma0
@@ -144,13 +144,9 @@ def restore(recipe: Recipe, lock: Lock, say: Say = lambda text: None) -> Prepare
 
 def groups_of(models: Sequence[ModelLock]) -> tuple[TensorGroup, ...]:
     """Tensor groups of locked models (of the first one: all have the same)."""
-    from shoal.merge.adapter import open_parent
     from shoal.merge.groups import tensor_groups
 
-    first = models[0]
-    return tensor_groups(
-        open_parent(Path(first.folder), None if first.adapter is None else Path(first.adapter))
-    )
+    return tensor_groups(open_parents(models[:1])[0])
 
 
 @lru_cache(maxsize=4)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Self
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
@@ -105,6 +107,44 @@ class Bars(Lines):
 def observer(console: Console, quiet: bool) -> Lines:
     """Bars on a terminal, lines elsewhere, nothing but errors when quiet."""
     return Bars(console) if console.is_terminal and not quiet else Lines(console, quiet)
+
+
+@contextmanager
+def merging(console: Console, quiet: bool) -> Iterator[Callable[[int, int, int, int], None]]:
+    """Progress of a merge to disk: a bar on a terminal, a line per quarter elsewhere.
+
+    The callable takes tensors done, all tensors, bytes done, all bytes.
+    """
+    if quiet or not console.is_terminal:
+        quarter = 0
+
+        def line(done: int, tensors: int, size: int, total: int) -> None:
+            nonlocal quarter
+            if not quiet and done < tensors and 4 * size // max(1, total) > quarter:
+                quarter = 4 * size // total
+                console.print(
+                    f"merged {done} of {tensors} tensors, {size / 1e9:.2f} of {total / 1e9:.2f} GB",
+                    markup=False,
+                    highlight=False,
+                )
+
+        yield line
+        return
+    columns = (
+        TextColumn("merging"),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        bar = bars.add_task("merging", total=None, note="planning")
+
+        def advance(done: int, tensors: int, size: int, total: int) -> None:
+            bars.update(bar, total=total, completed=size, note=f"{done}/{tensors} tensors")
+
+        yield advance
 
 
 def _summary(fitness: Mapping[str, float | None]) -> str:

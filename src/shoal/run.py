@@ -67,6 +67,8 @@ def evolve(
     *,
     base_folder: Path = Path(),
     device: str = "auto",
+    memory: str = "auto",
+    memory_limit: int | None = None,
     reopen_test: bool = False,
     save_weights: bool = False,
     observer: Observer | None = None,
@@ -74,7 +76,8 @@ def evolve(
 ) -> dict[str, Any]:
     """Start a run in folder `run`, or continue the one that is there; returns the content of result.json.
 
-    base_folder: what relative paths in the recipe are relative to. worker: makes the worker; the default loads the
+    base_folder: what relative paths in the recipe are relative to. memory: where the parents are kept (`auto`,
+    `device`, `host`, `disk`); memory_limit: bytes of device memory to stay under. worker: makes the worker; the default loads the
     models into this process.
 
     Raises:
@@ -91,7 +94,7 @@ def evolve(
             return dict(json.loads(folder.result.read_text(encoding="utf-8")))
         journal = Journal(folder.journal)
         try:
-            return _Run(folder, prepared, journal, device, seen, worker).go(
+            return _Run(folder, prepared, journal, device, (memory, memory_limit), seen, worker).go(
                 save_weights or recipe.output.save_weights
             )
         finally:
@@ -135,6 +138,7 @@ class _Run:
         prepared: Prepared,
         journal: Journal,
         device: str,
+        memory: tuple[str, int | None],
         seen: Observer,
         worker: Callable[[Prepared, str], Worker] | None,
     ) -> None:
@@ -144,7 +148,7 @@ class _Run:
         self.weights = {task.task: task.weight for task in self.lock.tasks}
         started = time.perf_counter()
         if worker is None:
-            local = LocalWorker(self.recipe, self.lock, device, seen.say)
+            local = LocalWorker(self.recipe, self.lock, device, seen.say, *memory)
             for note in (*prepared.notes, *local.notes):
                 journal.event("note", text=note)
                 seen.say(f"note: {note}")

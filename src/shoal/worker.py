@@ -9,6 +9,7 @@ from typing import Any
 
 from shoal.errors import EvaluationError, ShoalError
 from shoal.lock import Lock, RoleLock, TaskLock
+from shoal.models import open_parents
 from shoal.preflight import groups_of, open_catalogue
 from shoal.recipe import EvaluationSpec, Recipe
 from shoal.types import ROLES, Capabilities, Completed, Failed, Job, MergePlan, Role
@@ -17,18 +18,25 @@ from shoal.types import ROLES, Capabilities, Completed, Failed, Job, MergePlan, 
 class LocalWorker:
     """One resident model in this process. Jobs are done one after the other, when polled for.
 
-    device: `cpu`, `cuda`, `cuda:1`, ... or `auto`.
+    device: `cpu`, `cuda`, `cuda:1`, ... or `auto`. memory: tier of the parents, or `auto`; memory_limit: bytes of
+    device memory to stay under. say: told what takes time.
     """
 
     def __init__(
-        self, recipe: Recipe, lock: Lock, device: str = "auto", say: Callable[[str], None] = lambda text: None
+        self,
+        recipe: Recipe,
+        lock: Lock,
+        device: str = "auto",
+        say: Callable[[str], None] = lambda text: None,
+        memory: str = "auto",
+        memory_limit: int | None = None,
     ) -> None:
         import torch
 
         from shoal.evals.quiet import quiet_libraries
         from shoal.evals.resident import ResidentLM
         from shoal.evals.scorer import Scorer
-        from shoal.merge.adapter import open_parent
+        from shoal.merge.methods import method
         from shoal.merge.resident import Merger
         from shoal.merge.runtime import load_runtime
         from shoal.tokenizer import load_tokenizer
@@ -39,15 +47,22 @@ class LocalWorker:
         dtype = arguments.pop("dtype", "auto")
         arguments.pop("device", None)  # the run's own device decides
         say("loading models")
-        parents = [
-            open_parent(Path(model.folder), None if model.adapter is None else Path(model.adapter))
-            for model in lock.models
-        ]
+        parents = open_parents(lock.models)
         with quiet_libraries():
+            # on the CPU first: the merger moves it into its flat buffer on the device
             model = load_runtime(
-                Path(lock.models[0].folder), lock.dtype if dtype == "auto" else str(dtype), str(self.device)
+                Path(lock.models[0].folder), lock.dtype if dtype == "auto" else str(dtype), "cpu"
             )
-        self._merger = Merger(parents, groups_of(lock.models), model, str(self.device))
+        self._merger = Merger(
+            parents,
+            groups_of(lock.models),
+            model,
+            str(self.device),
+            memory,
+            memory_limit,
+            sparse=method(lock.operator).drops,
+            say=say,
+        )
         self.notes = tuple(self._merger.notes)
         tokenizer = load_tokenizer(Path(lock.models[lock.tokenizer].folder), recipe.output.chat_template)
         with quiet_libraries():

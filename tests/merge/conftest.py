@@ -168,3 +168,8 @@ def tokenizer() -> Callable[..., None]:
 @pytest.fixture
 def words() -> list[str]:
     return list(WORDS)
+
+
+@pytest.fixture(scope="session")
+def save_family() -> Callable[..., list[Path]]:
+    return family
