@@ -39,8 +39,8 @@ class Memory:
     def words(self) -> str:
         """One line for people."""
         return (
-            f"{_WORDS[self.tier]} ({self.tier}): model {gibibytes(self.model)}, parents {gibibytes(self.parents)};"
-            f" free on {self.device} {gibibytes(self.on_device)}, on the host {gibibytes(self.on_host)}"
+            f"{_WORDS[self.tier]} ({self.tier}): model {amount(self.model)}, parents {amount(self.parents)};"
+            f" free on {self.device} {amount(self.on_device)}, on the host {amount(self.on_host)}"
         )
 
 
@@ -115,5 +115,5 @@ def free_host() -> int:
     return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
 
 
-def gibibytes(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def amount(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"

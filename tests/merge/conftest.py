@@ -98,7 +98,7 @@ def gpt2s(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def mixtrals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Experts that transformers fuses at load: no one-to-one map from checkpoint to parameters."""
+    """Experts that transformers fuses at load: several checkpoint tensors lie in one parameter."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     def make() -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shoal.errors import CheckpointError, RecipeError
@@ -122,10 +123,29 @@ def test_native_methods_give_what_mergekit_gives(operator, arguments, llamas, ma
     assert_close(by_shoal(plan, llamas), by_mergekit(plan, llamas, tmp_path))
 
 
-def test_bfloat16_within_one_ulp_of_mergekit(bf16_llamas, make_plan, tmp_path):
-    groups = tensor_groups(Checkpoint.open(bf16_llamas[0]))
-    plan = make_plan(groups, "task_arithmetic", models=3, dtype="bfloat16")
-    assert_close(by_shoal(plan, bf16_llamas), by_mergekit(plan, bf16_llamas, tmp_path))
+# without those that cut at a magnitude: bfloat16 deltas are full of equals, and mergekit keeps whichever it sorts first
+SMOOTH = [
+    c for c in CASES if c[0] not in ("ties", "breadcrumbs", "breadcrumbs_ties") and "topk" not in str(c)
+]
+
+
+@pytest.fixture(scope="module")
+def four_bf16(llamas, tmp_path_factory) -> list[Path]:
+    """The four llamas, rounded to bfloat16."""
+    folder = tmp_path_factory.mktemp("four")
+    for path in llamas:
+        shutil.copytree(path, folder / path.name)
+        rounded = {n: t.to(torch.bfloat16) for n, t in load_file(path / "model.safetensors").items()}
+        save_file(rounded, folder / path.name / "model.safetensors", metadata={"format": "pt"})
+    return [folder / path.name for path in llamas]
+
+
+@pytest.mark.parametrize(("operator", "arguments"), SMOOTH, ids=[f"{i}-{c[0]}" for i, c in enumerate(SMOOTH)])
+def test_bfloat16_within_one_ulp_of_mergekit(operator, arguments, four_bf16, make_plan, tmp_path):
+    paths = four_bf16
+    groups = tensor_groups(Checkpoint.open(paths[0]))
+    plan = make_plan(groups, operator, models=4, dtype="bfloat16", **arguments)
+    assert_close(by_shoal(plan, paths), by_mergekit(plan, paths, tmp_path))
 
 
 def test_bfloat16_ties_within_one_ulp_where_the_threshold_does_not_tie(bf16_llamas, make_plan, tmp_path):

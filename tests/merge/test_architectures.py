@@ -29,7 +29,7 @@ from shoal.merge import (
 )
 from shoal.merge.checkpoint import INDEX, SINGLE
 from shoal.merge.mergekit_bridge import write_config
-from shoal.merge.runtime_map import _converted, _follow, _Made, runtime_map
+from shoal.merge.runtime_map import _converted, _follow, _Made, _tiles, runtime_map
 from shoal.types import MergePlan
 
 SIZES = {
@@ -364,6 +364,24 @@ def test_a_map_is_not_believed_without_the_round_trip(families):
     experts.down_proj[2, 0, 0] -= 1
     _, reason = runtime_map(load_runtime(base.path), lacking)
     assert reason == "parameter 'model.norm.weight' of MixtralForCausalLM is filled by no tensor"
+
+
+def test_a_tensor_without_a_place_is_named(families, tmp_path):
+    folder = Path(shutil.copytree(families("Llama")[0], tmp_path / "extra"))
+    save_file(stored(folder) | {"value_head.weight": torch.ones(3)}, folder / SINGLE, {"format": "pt"})
+    places, reason = runtime_map(load_runtime(folder), Checkpoint.open(folder))
+    assert places == {}
+    assert reason == "tensor 'value_head.weight' has no parameter of its own in LlamaForCausalLM"
+
+
+def test_places_must_cover_a_parameter_once():
+    whole = torch.zeros(10, 4)[2:8]  # somewhere within its memory, as in a flat buffer
+    assert _tiles([whole[:2], whole[2:].T], whole)
+    assert _tiles([whole[:, 3:], whole[:, :3]], whole)
+    assert _tiles([whole.T], whole)
+    assert not _tiles([whole[:2], whole[1:5]], whole)  # as many elements, one row twice
+    assert not _tiles([whole[:2], whole[3:]], whole)
+    assert not _tiles([whole[:5]], whole)
 
 
 def test_old_checkpoints_with_what_transformers_passes_over(families, make_plan, tmp_path):

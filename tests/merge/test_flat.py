@@ -25,7 +25,7 @@ from shoal.merge import (
     weights_sha256,
 )
 from shoal.merge.layout import layouts, settle
-from shoal.merge.runtime import runtime_map
+from shoal.merge.runtime_map import runtime_map
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler, found none")
@@ -243,6 +243,6 @@ def test_memory_is_chosen_by_size_and_can_be_overridden(llamas):
     assert memory.plan_memory(parents, "cpu", torch.float32, limit=5 * size).tier == "disk"
     assert memory.plan_memory(parents, "cpu", torch.float32, limit=7 * size).tier == "device"
     assert memory.plan_memory(parents, "cpu", torch.float32, wanted="host").tier == "host"
-    assert "(device): model 0.0 GiB" in chosen.words()
+    assert f"(device): model {size / 2**20:.1f} MiB, parents {4 * size / 2**20:.1f} MiB" in chosen.words()
     with pytest.raises(RecipeError, match="unknown tier 'hosts'"):
         memory.plan_memory(parents, "cpu", torch.float32, wanted="hosts")
