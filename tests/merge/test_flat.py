@@ -215,7 +215,7 @@ def test_parents_of_other_dtypes(llamas, bf16_llamas, make_plan, tmp_path):
         )
 
 
-@pytest.mark.parametrize("family", ["llamas", "tied_llamas", "gpt2s"])
+@pytest.mark.parametrize("family", ["llamas", "tied_llamas", "gpt2s", "mixtrals"])
 def test_the_layout_holds_every_parameter_once(family, request):
     path = request.getfixturevalue(family)[0]
     model = load_runtime(path)
