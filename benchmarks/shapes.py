@@ -66,7 +66,7 @@ def noise(shape: tuple[int, ...], seed: int, scale: float) -> Tensor:
 
 @dataclass
 class NoiseParent:
-    """A parent in memory, made of noise: `base` at scale 0.02, model i a step of 0.002 from it."""
+    """A parent in memory, made of noise: `base` at scale 0.02; model i a step from it, half of it common to all."""
 
     shape_name: str
     model: int
@@ -98,8 +98,9 @@ class NoiseParent:
         place = self.names.index(name)
         made = noise(self._shapes[name], place, 0.02)
         if self.model:
-            step = noise(self._shapes[name], 1000 * self.model + place, 0.002)
-            made = (made.float() + step.float()).to(torch.bfloat16)
+            own = noise(self._shapes[name], 1000 * self.model + place, 0.002)
+            common = noise(self._shapes[name], 900 + place, 0.002)
+            made = (made.float() + own.float() + common.float()).to(torch.bfloat16)
         if self.keep:
             self._cache[name] = made
         return made
@@ -137,8 +138,18 @@ def write(shape: str, folder: Path, models: int) -> list[Path]:
                 "weight_map": {n: f for f, ns in zip(files, shards, strict=True) for n in ns},
             }
             (path / "model.safetensors.index.json").write_text(json.dumps(index))
+        _tokenizer(path)
         (path / "config.json").write_text(json.dumps(configuration(shape).to_dict(), default=str))
     return paths
+
+
+def _tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(64)}
+    core = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="w0").save_pretrained(path)
 
 
 def runtime_model(parent: NoiseParent | Any, shape: str) -> nn.Module:

@@ -12,7 +12,7 @@ import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from shoal.merge.checkpoint import SINGLE
 from shoal.merge.resident import Output
 
 SHARD_BYTES = 1 << 30
-_SYNC_BYTES = 64 << 20  # finished bytes after which the kernel is asked to write them out
 _NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -100,7 +99,6 @@ class Files:
     _maps: dict[int, mmap.mmap] = field(default_factory=dict)
     _buffers: dict[str, Tensor] = field(default_factory=dict)  # where the file system cannot map
     _left: list[int] = field(default_factory=list)  # tensors to come, by shard
-    _dirty: list[int] = field(default_factory=list)
     _syncs: list[Future[None]] = field(default_factory=list)
 
     def into(self, output: Output) -> Tensor:
@@ -121,18 +119,15 @@ class Files:
         return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
 
     def done(self, output: Output) -> None:
-        """`output` is complete: let it go to the disk while others are computed."""
+        """`output` is complete; when its file is, it goes to the disk while others are computed."""
         number = self._places[output.name]
         shard = self.shards[number]
         if output.name in self._buffers:
             data = self._buffers.pop(output.name).view(-1).view(torch.uint8).numpy().data
             _write(self._handles[number], data, shard.offsets[output.name])
         self._left[number] -= 1
-        self._dirty[number] += output.nbytes
         if self._left[number] == 0:
             self._maps.pop(number, None)  # unmapped when the last tensor in it is gone
-        if self._left[number] == 0 or self._dirty[number] >= _SYNC_BYTES:
-            self._dirty[number] = 0
             self._syncs.append(self._syncer.submit(os.fsync, self._handles[number]))
 
     def finish(self) -> None:
@@ -172,7 +167,6 @@ def create(folder: Path, outputs: Sequence[Output], limit: int = SHARD_BYTES) ->
         places = {name: number for number, shard in enumerate(shards) for name in shard.offsets}
         files = Files(shards, handles, places, syncer)
         files._left = [len(s.offsets) for s in shards]
-        files._dirty = [0 for _ in shards]
         yield files
         files.finish()
     finally:
@@ -182,7 +176,6 @@ def create(folder: Path, outputs: Sequence[Output], limit: int = SHARD_BYTES) ->
 
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python does not name
 
 
 def _reserve(handle: int, size: int) -> None:
@@ -200,12 +193,13 @@ def _write(handle: int, data: memoryview, offset: int) -> None:
         data = data[os.write(handle, data) :]
 
 
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python does not name
+
+
 def _populate(memory: mmap.mmap, offset: int, length: int) -> None:
-    """Map the pages in one go: a fault for each of them costs more than the merge itself."""
+    """Map the pages in one go, which takes a third of the kernel's time of a fault for each."""
     if not hasattr(memory, "madvise"):
         return
     start = offset - offset % mmap.PAGESIZE
-    try:
+    with suppress(OSError, ValueError):  # an older kernel
         memory.madvise(_POPULATE_WRITE, start, offset + length - start)
-    except (OSError, ValueError):  # an older kernel
-        return

@@ -23,6 +23,10 @@ _KINDS: tuple[tuple[GroupKind, re.Pattern[str]], ...] = (
     ("attn", re.compile(r"attn|attention|[qkvo]_proj|query_key_value", re.IGNORECASE)),
     ("mlp", re.compile(r"^intermediate\.|^output\.dense\.|DenseReluDense|DenseGatedActDense")),
 )
+# what stands beside a language model in one checkpoint; its layers are not the text's
+_BESIDE = re.compile(
+    r"^(?:.*?\.)?(?:embed_)?(?:vision|visual|image|video|audio|speech|multi_?modal)\w*(?=\.)"
+)
 _TEXT_MODULES = ("default", "text_model", "text_decoder", "language_model", "text")
 Places = dict[str, tuple[int | None, GroupKind]]
 _ORDER: tuple[GroupKind, ...] = ("attn", "mlp", "norm", "other")
@@ -41,8 +45,12 @@ def tensor_groups(parent: Parent, notes: list[str] | None = None) -> tuple[Tenso
     if known is None:
         architecture = (parent.config.get("architectures") or ["unknown"])[0]
         notes.append(f"{architecture}: unknown to mergekit; tensor groups come from tensor names")
+    rest = [n for n in parent.names if n not in places]
+    if one_module:
+        for component in sorted({c for n in rest if (c := _component(n)) is not None}):
+            notes.append(_whole(component))
     found: dict[tuple[int | None, GroupKind], list[str]] = {}
-    for name in (*places, *(n for n in parent.names if n not in places)):
+    for name in (*places, *rest):
         # in a model of several components a layer's number says nothing by itself
         place = places.get(name) or (_from_name(name) if one_module else (None, "other"))
         found.setdefault(place, []).append(name)
@@ -84,12 +92,25 @@ def _kind(name: str) -> GroupKind:
     return next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
 
 
+def _component(name: str) -> str | None:
+    """The component that is no language model (`model.visual`) in which a tensor lies."""
+    layer = _LAYER.search(name)
+    match = _BESIDE.search(name if layer is None else f"{name[: layer.start()]}.")
+    return None if match is None else match.group()
+
+
+def _whole(component: str) -> str:
+    return f"component {component!r} is merged as a whole, in group 'other'"
+
+
 def _from_name(name: str) -> tuple[int | None, GroupKind]:
+    if _component(name) is not None:
+        return None, "other"
     if match := _LAYER.search(name):
         return int(match.group(1)), _kind(name[match.end() :])
-    if re.search(r"(?:^|\.)(?:lm_head|embed_out|score|classifier|output)\.", name):
+    if re.search(r"(?:^|\.)(?:lm_head|embed_out|head|score|classifier|output|cls)\.", name):
         return None, "head"
-    if re.search(r"(?:^|\.)(?:embed\w*|w[tp]e|\w*embeddings?)\.", name):
+    if re.search(r"(?:^|\.)(?:\w*embed\w*|w[tp]e)\.", name):
         return None, "embed"
     return None, "norm" if _kind(name) == "norm" else "other"
 
@@ -115,7 +136,7 @@ def _known(parent: Parent, names: frozenset[str] | None, notes: list[str]) -> tu
     for module_name in info.modules:
         module = architecture.get_module(module_name)
         if module_name not in _TEXT_MODULES:
-            notes.append(f"component {module_name!r} is merged as a whole, in group 'other'")
+            notes.append(_whole(module_name))
             for weight in module.all_weights():
                 _place(places, weight, (None, "other"), names)
             continue

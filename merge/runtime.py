@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import CheckpointError, RecipeError, nearest
+from shoal.merge.runtime_map import runtime_map
+
+__all__ = ["convert_into", "load_runtime", "runtime_map", "torch_dtype"]
 
 _DTYPES = {
     "float32": torch.float32,

@@ -85,7 +85,7 @@ def _derived(model: nn.Module, base: Parent) -> dict[str, tuple[str, _Made]]:
             tensors = {p: [_Made(base.shape(n), {n: ()}) for n in ns] for p, ns in by_source.items()}
             try:
                 made = _converted(converter, tensors, tuple(held[key].shape))
-            except ValueError:
+            except (ValueError, IndexError):  # not understood, or dimensions that the tensors do not have
                 operations = ", ".join(type(o).__name__ for o in converter.operations)
                 raise _NoMap(f"tensor {names[0]!r} is converted by {operations} at load") from None
         elif len(names) == 1:

@@ -1,16 +1,20 @@
-"""Which elements a method keeps: exact order statistics of whole tensors, without sorting and without copies of them.
+"""Which elements of a delta are kept: exact order statistics of whole tensors, without sorting or copying them.
 
-Magnitudes are ordered by the bits of their float32 values. A histogram of the upper 16 bits finds the bin of the wanted
-rank, a second one of the lower 16 bits the value, a last pass the index among equals. Every pass reads the tensors in
-chunks; only counts are kept. Counts are integers: nothing depends on threads or chunks.
+A delta is `source.float() - base.float()`, made piece by piece in a reused buffer. Magnitudes are ordered by the bits
+of their float32 values: one pass counts the upper 16 bits, a second the lower 16 bits in the bin of the wanted rank.
+What is counted is an integer and every sum has a fixed order: no result depends on threads or on the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,41 +22,59 @@ from shoal.errors import CheckpointError, RecipeError
 from shoal.merge import kernels
 
 Cut = tuple[float, int]  # magnitude, and the last index that is kept among its equals
-NOTHING: Cut = (math.inf, -1)
-_BINS = 1 << 15
-_INFINITE = 0x7F80  # upper bits of infinity and NaN
-_Values = Callable[[slice], Tensor]  # a chunk of float32 values
+NOTHING: Cut = (math.inf, -1)  # the cut that keeps no element
+_UPPER_BINS = 1 << 15
+_LOWER_BINS = 1 << 16
+_INFINITE = 0x7F80  # upper bits of infinity; those of NaN are not smaller
+# Elements per operation on a CPU: stays in cache, and torch runs so few on the calling thread. Its own threads would
+# meet after every operation, which on a busy machine takes longer than the operation.
+_PIECE = 1 << 15
+_LANES = 1 << 15  # partial sums of a fold: part of the result, never change it
+_UNIFORM = 1 << 24  # uniform_bits are in [0, 2^24)
+_EXACT_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MagnitudeHistogram:
-    """How many elements of |source - base| have which upper 16 bits. counts: (2^15,) int64, on the CPU.
+    """How many elements of a delta have which upper 16 bits: some 30 KB however large the tensor, no tensor is held.
 
-    Made once per tensor; from then on the cuts for any number of kept elements take two more passes at most.
+    bins: (m,) uint16, the upper bits that occur, falling. kept: (m,), the elements in this bin and all before it.
     """
 
-    counts: Tensor = field(repr=False)
+    bins: npt.NDArray[np.uint16] = field(repr=False)
+    kept: npt.NDArray[Any] = field(repr=False)
 
     @staticmethod
     def of(source: Tensor, base: Tensor) -> MagnitudeHistogram:
-        """Of flat tensors of any float dtypes. CheckpointError where a difference is no finite number."""
-        return MagnitudeHistogram(_upper_counts(_delta(source, base), source))
+        """Of two flat tensors of any float dtypes, in one pass. CheckpointError where a delta is no finite number."""
+        return _histogram(_delta(source, base))
 
     def cuts(self, source: Tensor, base: Tensor, counts: Sequence[int]) -> list[Cut]:
-        """For each count k the cut that keeps exactly the k largest, lowest index first among equals.
+        """For each count k the cut that keeps exactly the k largest |delta|, lowest index first among equals.
 
-        TIES, arXiv:2306.01708, section 3, step 1.
+        One pass over the tensors that the histogram was made of, for all counts together. k = 0 gives NOTHING.
+        ValueError for k outside 0..n. TIES, arXiv:2306.01708, section 3, step 1.
         """
-        return [_cut(_delta(source, base), source, self.counts, k) for k in counts]
+        return _cuts(_delta(source, base), self, counts)
+
+    def find(self, count: int) -> tuple[int, int]:
+        """(upper bits, rank within their bin) of the count-th largest element, both ranks from 1."""
+        if not 0 < count <= int(self.kept[-1]):
+            raise ValueError(f"no {count} elements among {int(self.kept[-1])}")
+        at = int(np.searchsorted(self.kept, count))
+        return int(self.bins[at]), count - (int(self.kept[at - 1]) if at else 0)
 
 
 def breadcrumbs_range(
     histogram: MagnitudeHistogram, source: Tensor, base: Tensor, density: float, gamma: float
 ) -> tuple[Cut, Cut]:
-    """(lower, upper) cut: kept is what `lower` keeps and `upper` does not, int(density * n) elements.
+    """(lower, upper) cut: kept is what `lower` keeps and `upper` does not, exactly int(density * n) elements.
 
-    The int(gamma * n) largest are outliers, fewer where that would leave too few. Breadcrumbs, arXiv:2312.06795,
-    section 3.2.
+    The int(gamma * n) largest are outliers, fewer where that would leave too few; the lowest index counts as the
+    largest of equals. Model Breadcrumbs, arXiv:2312.06795, section 3.
     """
     numel = source.numel()
     kept = int(density * numel)
@@ -61,82 +83,223 @@ def breadcrumbs_range(
     return lower, upper
 
 
+# --- passes over tensors ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Float32 values, one per element, made when they are read: no more than a piece per thread is in memory."""
+
+    numel: int
+    device: torch.device
+    read: Callable[
+        [slice], Iterator[tuple[int, Tensor]]
+    ]  # a block -> (start, piece); the piece may be overwritten
+
+    def blocks(self, work: Callable[[slice], B]) -> Iterator[B]:
+        """What `work` makes of each block of CHUNK elements, in order."""
+        return _in_order(work, list(kernels.chunks(self.numel)), self.device)
+
+    def keys(self, block: slice) -> Iterator[tuple[int, Tensor]]:
+        """(start, int32 keys) that order like the magnitudes."""
+        return ((start, _keys(values)) for start, values in self.read(block))
+
+
+def _in_order(work: Callable[[A], B], jobs: Sequence[A], device: torch.device) -> Iterator[B]:
+    """The results in the order of the jobs; on a CPU, as many at once as torch has threads."""
+    inference = torch.is_inference_mode_enabled()
+
+    def one(job: A) -> B:
+        with (
+            torch.inference_mode(inference),
+            torch.no_grad(),
+        ):  # both are settings of the calling thread alone
+            return work(job)
+
+    workers = min(torch.get_num_threads() if device.type == "cpu" else 1, len(jobs))
+    if workers < 2:
+        yield from map(one, jobs)
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(one, jobs)
+
+
+def _pieces(block: slice, device: torch.device) -> Iterator[slice]:
+    parts = kernels.chunks(block.stop - block.start, _piece(device))
+    return (slice(block.start + part.start, block.start + part.stop) for part in parts)
+
+
+def _piece(device: torch.device) -> int:
+    """Elements per operation."""
+    return _PIECE if device.type == "cpu" else kernels.STEP_GPU
+
+
+def _buffers(block: slice, device: torch.device, dtypes: Iterable[torch.dtype]) -> list[Tensor]:
+    """One buffer for a piece of the block for each dtype."""
+    size = min(block.stop - block.start, _piece(device))
+    return [torch.empty(size, dtype=dtype, device=device) for dtype in dtypes]
+
+
+def _delta(source: Tensor, base: Tensor) -> _Values:
+    device = source.device
+
+    def read(block: slice) -> Iterator[tuple[int, Tensor]]:
+        (buffer,) = _buffers(block, device, [torch.float32])
+        for part in _pieces(block, device):
+            yield part.start, _subtract(source[part], base[part], buffer[: part.stop - part.start])
+
+    return _Values(source.numel(), device, read)
+
+
+def _subtract(source: Tensor, base: Tensor, out: Tensor) -> Tensor:
+    """source.float() - base.float() in the float32 tensor `out`."""
+    if base.dtype not in _EXACT_IN_FLOAT32:
+        base = base.to(torch.float32)  # torch would subtract float64 in float64
+    if source.dtype == torch.float32:
+        return torch.sub(source, base, out=out)
+    return out.copy_(source).sub_(base)
+
+
+def _keys(values: Tensor) -> Tensor:
+    """int32 keys that order like the magnitudes of float32 values, in the memory of these."""
+    return values.view(torch.int32).bitwise_and_(0x7FFFFFFF)
+
+
+# --- order statistics by bits -----------------------------------------------------------------------------------
+
+
+def _histogram(values: _Values) -> MagnitudeHistogram:
+    counts = np.zeros(_UPPER_BINS, dtype=np.int64)
+    for found in values.blocks(lambda block: _upper_counts(values, block)):
+        counts += found.cpu().numpy()
+    if counts[_INFINITE:].any():
+        raise CheckpointError("holds NaN or infinite values")
+    bins = np.flatnonzero(counts)[::-1]
+    kept = counts[bins].cumsum()
+    return MagnitudeHistogram(bins.astype(np.uint16), kept.astype(_narrow(values.numel)))
+
+
+def _narrow(numel: int) -> type[np.uint32 | np.int64]:
+    return np.uint32 if numel < 1 << 32 else np.int64
+
+
+def _upper_counts(values: _Values, block: slice) -> Tensor:
+    """(2^15,) int32: the elements of a block by their upper bits."""
+    counts = torch.zeros(_UPPER_BINS, dtype=torch.int32, device=values.device)
+    for _, keys in values.keys(block):
+        _count(counts, keys.bitwise_right_shift_(16))
+    return counts
+
+
+def _count(counts: Tensor, bins: Tensor) -> None:
+    # as fast as bincount, which would need the counts of every piece to be added
+    one = torch.ones(1, dtype=torch.int32, device=bins.device)
+    counts.scatter_add_(0, bins.to(torch.int64), one.expand(bins.numel()))
+
+
+def _cuts(values: _Values, histogram: MagnitudeHistogram, counts: Sequence[int]) -> list[Cut]:
+    wanted = [histogram.find(count) if count else None for count in counts]
+    bins = {found[0]: _Bin(found[0]) for found in wanted if found is not None}
+    if bins:
+        for parts in values.blocks(lambda block: _lower_counts(values, block, bins)):
+            for each, part in zip(bins.values(), parts, strict=True):
+                each.blocks.append(part)
+    return [NOTHING if found is None else bins[found[0]].cut(values, found[1]) for found in wanted]
+
+
+@dataclass
+class _Bin:
+    """The lower bits of the elements of one bin. blocks: those that occur in a block, uint16 rising, and how often."""
+
+    upper: int
+    blocks: list[tuple[npt.NDArray[np.uint16], npt.NDArray[np.int32]]] = field(default_factory=list)
+
+    def cut(self, values: _Values, rank: int) -> Cut:
+        """The cut that keeps the `rank` largest of this bin and all that is larger."""
+        totals = np.zeros(_LOWER_BINS, dtype=np.int64)
+        for lower, counts in self.blocks:
+            totals[lower] += counts
+        from_above = totals[::-1].cumsum()
+        at = int(np.searchsorted(from_above, rank))
+        rank -= int(from_above[at - 1]) if at else 0
+        key = self.upper << 16 | (_LOWER_BINS - 1 - at)
+        return float(np.int32(key).view(np.float32)), self._nth(values, key, rank)
+
+    def _nth(self, values: _Values, key: int, rank: int) -> int:
+        """Index of the rank-th element with this key, from 1."""
+        for block, (lower, counts) in zip(kernels.chunks(values.numel), self.blocks, strict=True):
+            here = int(counts[lower == key & (_LOWER_BINS - 1)].sum())
+            if here >= rank:
+                equals = [(keys == key).nonzero().reshape(-1) + start for start, keys in values.keys(block)]
+                return int(torch.cat(equals)[rank - 1])
+            rank -= here
+        raise ValueError("the histogram is not of these tensors")
+
+
+def _lower_counts(
+    values: _Values, block: slice, uppers: Iterable[int]
+) -> list[tuple[npt.NDArray[np.uint16], npt.NDArray[np.int32]]]:
+    """For each bin the lower bits that occur in a block, and how often."""
+    found = {u: torch.zeros(_LOWER_BINS, dtype=torch.int32, device=values.device) for u in uppers}
+    for _, keys in values.keys(block):
+        for upper, counts in found.items():
+            inside = _lower_bits(keys, upper)
+            if inside.numel():
+                _count(counts, inside)
+    return [_sparse(counts.cpu().numpy()) for counts in found.values()]
+
+
+def _sparse(counts: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int32]]:
+    at = np.flatnonzero(counts)
+    return at.astype(np.uint16), counts[at]
+
+
+def _lower_bits(keys: Tensor, upper: int) -> Tensor:
+    if keys.device.type == "cpu":  # numpy is several times as fast at this
+        array = keys.numpy()
+        # take: a mask as index costs a misprediction per change from inside to outside
+        return torch.from_numpy(array.take(np.flatnonzero(array >> 16 == upper)) & (_LOWER_BINS - 1))
+    return keys[keys >> 16 == upper] & (_LOWER_BINS - 1)
+
+
+# --- DELLA ------------------------------------------------------------------------------------------------------
+
+
 def della_mask(
     source: Tensor, base: Tensor, shape: tuple[int, ...], density: float, epsilon: float, stream: int
 ) -> Tensor:
-    """Flat bool mask: kept with a probability that rises with the rank in its row, from density - epsilon to + epsilon.
+    """Flat bool mask: kept with a probability that rises with the rank in its row, density - epsilon to + epsilon.
 
-    A row is a vector, or what runs along dimension 1, as in mergekit; equals rank by their index; a row of one element
-    has the lowest probability (mergekit's is not defined there). The draws are those of DARE masks, so masks nest in
-    density. DELLA, arXiv:2406.11617, section 3.1. RecipeError where density +- epsilon leaves (0, 1).
+    source, base: flat tensors of any float dtypes. shape: theirs; a row is a whole vector, else what runs along
+    dimension 1, as in mergekit. Equals rank by their index, the lowest as the smallest. An element alone in its row
+    is kept with probability `density`, where mergekit divides 0 by 0 and fails. The draws are those of DARE masks,
+    so that a smaller density with the same epsilon keeps a subset. DELLA, arXiv:2406.11617, section 3.1 (MagPrune).
+    RecipeError where density +- epsilon is outside (0, 1); CheckpointError where the delta is not finite.
     """
     if density + epsilon >= 1 or density - epsilon <= 0:
         raise RecipeError(
             f"della: density {density:g} +- epsilon {epsilon:g} must stay inside (0, 1); choose a smaller epsilon"
         )
-    rows, width, depth = _rows(shape)
-    mask = torch.empty(source.numel(), dtype=torch.bool, device=source.device)
-    height = max(1, kernels.CHUNK // (width * depth))
-    for start in range(0, rows, height):
-        stop = min(start + height, rows)
-        part = slice(start * width * depth, stop * width * depth)
-        size = _delta(source, base)(part).abs()
-        _finite(size)
-        ranks = _ranks(size.view(stop - start, width, depth))
-        probabilities = (density - epsilon) + ranks * 2 * epsilon
-        bits = kernels.uniform_bits(stream, part.start, part.stop - part.start, source.device)
-        mask[part] = bits < probabilities.reshape(-1).to(torch.float64) * (1 << 24)
-    return mask
-
-
-def sce(
-    sources: Sequence[Tensor], base: Tensor, select_topk: float
-) -> tuple[Tensor | None, tuple[float, ...]]:
-    """(flat bool mask or None for all elements, weight of each source).
-
-    Selected are the int(select_topk * v) elements with the largest variance across the deltas, v of which are not 0;
-    weights are the shares of the selected deltas' mean squares, equal ones where all are below 1e-6.
-    SCE, arXiv:2408.07990, section 3.2.
-    """
-    mask = None if select_topk >= 1 else _most_variable(sources, base, select_topk)
-    squares = [0.0] * len(sources)
-    for part in kernels.chunks(base.numel()):
-        for i, source in enumerate(sources):
-            delta = _delta(source, base)(part).to(torch.float64)
-            kept = delta if mask is None else delta * mask[part]
-            squares[i] += kernels.tree_sum(kept * kept)
-    means = [s / max(1, base.numel()) for s in squares]
-    total = sum(means)
-    if not math.isfinite(total):
-        raise CheckpointError("holds NaN or infinite values")
-    if abs(total) < 1e-6:
-        return mask, (1.0 / len(sources),) * len(sources)
-    return mask, tuple(m / total for m in means)
-
-
-def _most_variable(sources: Sequence[Tensor], base: Tensor, share: float) -> Tensor:
-    deltas = [_delta(source, base) for source in sources]
-
-    def variance(part: slice) -> Tensor:
-        xs = [delta(part).to(torch.float64) for delta in deltas]
-        mean = xs[0].clone()
-        for x in xs[1:]:
-            mean.add_(x)
-        mean.div_(len(xs))
-        total = torch.zeros_like(mean)
-        for x in xs:
-            total.add_((x - mean).square_())
-        return total.div_(len(xs)).to(torch.float32)
-
-    counts = _upper_counts(variance, base)
-    mask = torch.zeros(base.numel(), dtype=torch.bool, device=base.device)
-    nonzero = sum(int(torch.count_nonzero(variance(part))) for part in kernels.chunks(base.numel()))
-    count = int(torch.tensor(nonzero) * share) if share > 0 else 0  # rounded to float32, as mergekit does
-    if count == 0:
+    device = source.device
+    mask = torch.empty(source.numel(), dtype=torch.bool, device=device)
+    if not source.numel():
         return mask
-    cut = _cut(variance, base, counts, count)
-    for part in kernels.chunks(base.numel()):
-        mask[part] = kernels.keep_top(variance(part), part.start, cut)
+    rows, width, depth = _rows(shape)
+    bounds = _bounds(width, density, epsilon, device)
+
+    def draw(some: slice) -> None:
+        block = slice(some.start * width * depth, some.stop * width * depth)
+        ranked = _by_rank(source[block].view(-1, width, depth), base[block].view(-1, width, depth), bounds)
+        flat = ranked.view(-1)
+        for part in _pieces(block, device):
+            bits = kernels.uniform_bits(stream, part.start, part.stop - part.start, device)
+            # both sides are exact: 24 bits, and a probability scaled by 2^24
+            drawn = bits.to(torch.float32) < flat[part.start - block.start : part.stop - block.start]
+            mask[part] = drawn
+
+    height = max(1, _piece(device) // (width * depth))
+    for _ in _in_order(draw, list(kernels.chunks(rows, height)), device):
+        pass
     return mask
 
 
@@ -147,63 +310,130 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return shape[0], shape[1], math.prod(shape[2:])
 
 
-def _ranks(size: Tensor) -> Tensor:
-    """Ranks along dimension 1 of a (rows, width, depth) tensor, from 0 to 1, in float32."""
-    order = size.argsort(dim=1, stable=True)
-    places = torch.arange(size.shape[1], dtype=torch.float32, device=size.device)
-    ranks = torch.empty_like(size).scatter_(1, order, places.view(1, -1, 1).expand_as(size))
-    return ranks.div_(max(1, size.shape[1] - 1)).clamp_(0, 1)
+def _bounds(width: int, density: float, epsilon: float, device: torch.device) -> Tensor:
+    """(width,) float32: 2^24 times the probability of each rank, in the order of mergekit's float32 operations."""
+    ranks = torch.arange(width, device=device).to(torch.float32) + 1
+    place = ((ranks - ranks[0]) / (ranks[-1] - ranks[0])).clamp(0, 1) if width > 1 else ranks / 2
+    return ((density - epsilon) + place * 2 * epsilon) * _UNIFORM
 
 
-def _delta(source: Tensor, base: Tensor) -> _Values:
-    return lambda part: source[part].to(torch.float32) - base[part].to(torch.float32)
+def _by_rank(source: Tensor, base: Tensor, bounds: Tensor) -> Tensor:
+    """(rows, width, depth) float32: to each element the bound of its rank along width."""
+    rows, width, depth = source.shape
+    found = torch.empty(source.shape, dtype=torch.float32, device=source.device)
+    for part in kernels.chunks(depth, max(1, _piece(source.device) // width)):
+        columns = found[:, :, part]
+        delta = _subtract(source[:, :, part], base[:, :, part], torch.empty_like(columns))
+        order = _order(_keys(delta.transpose(1, 2).reshape(-1, width)))
+        ranked = torch.empty(order.shape, dtype=torch.float32, device=source.device)
+        ranked.scatter_(1, order, bounds.expand_as(order))
+        columns.copy_(ranked.view(rows, -1, width).transpose(1, 2))
+    return found
 
 
-def _finite(values: Tensor) -> None:
-    if not bool(torch.isfinite(values).all()):
+def _order(keys: Tensor) -> Tensor:
+    """(rows, width) int64: the indices that sort each row of int32 keys, rising, stable."""
+    if int(keys.max()) >> 16 >= _INFINITE:
         raise CheckpointError("holds NaN or infinite values")
+    # key and index in one number: no two are equal, so any sort is stable; numpy's is several times as fast as argsort
+    both = keys.to(torch.int64).bitwise_left_shift_(32)
+    both.bitwise_or_(torch.arange(keys.shape[1], device=keys.device))
+    if both.device.type == "cpu":
+        both.numpy().sort(axis=1)
+    else:
+        both = both.sort(dim=1).values
+    return both.bitwise_and_(0xFFFFFFFF)
 
 
-def _keys(values: Tensor) -> Tensor:
-    """int32 keys that order like the magnitudes of float32 values."""
-    return values.view(torch.int32).bitwise_and(0x7FFFFFFF)
+# --- SCE --------------------------------------------------------------------------------------------------------
 
 
-def _upper_counts(values: _Values, like: Tensor) -> Tensor:
-    counts = torch.zeros(_BINS, dtype=torch.int64, device=like.device)
-    for part in kernels.chunks(like.numel()):
-        counts += torch.bincount(_keys(values(part)) >> 16, minlength=_BINS)
-    if bool(counts[_INFINITE:].any()):
+def sce(
+    sources: Sequence[Tensor], base: Tensor, select_topk: float
+) -> tuple[Tensor | None, tuple[float, ...]]:
+    """(flat bool mask or None for all elements, weight of each source), from flat tensors of any float dtypes.
+
+    Selected are the int(select_topk * v) elements with the largest variance across the deltas, v of which are not 0,
+    lowest index first among equals; weights are the shares of the selected deltas' mean squares, equal ones where
+    these sum to less than 1e-6. SCE, arXiv:2408.07990, section 3. CheckpointError where a delta or a variance is not
+    finite. Keeps one byte per element.
+    """
+    cut = _variance_cut(sources, base, select_topk) if select_topk < 1 else None
+    mask = None if cut is None else torch.empty(base.numel(), dtype=torch.bool, device=base.device)
+
+    def select(block: slice) -> list[float]:
+        sums = [torch.zeros(_LANES, dtype=torch.float64, device=base.device) for _ in sources]
+        for part, deltas in _deltas(sources, base, block):
+            if mask is not None and cut is not None:
+                mask[part] = kernels.keep_top(_variance(deltas), part.start, cut)
+                kept = mask[part].to(torch.float64)
+                for delta in deltas:
+                    delta.mul_(kept)
+            for lanes, delta in zip(sums, deltas, strict=True):
+                _add_squares(lanes, delta)
+        return [kernels.tree_sum(lanes) for lanes in sums]
+
+    squares = [0.0] * len(sources)
+    for found in _in_order(select, list(kernels.chunks(base.numel())), base.device):
+        squares = [a + b for a, b in zip(squares, found, strict=True)]
+    return mask, _shares(squares, base.numel())
+
+
+def _deltas(sources: Sequence[Tensor], base: Tensor, block: slice) -> Iterator[tuple[slice, list[Tensor]]]:
+    """(part, the deltas' float32 values there as float64), piece by piece, in the same buffers."""
+    rounded, *buffers = _buffers(block, base.device, [torch.float32] + [torch.float64] * len(sources))
+    for part in _pieces(block, base.device):
+        count = part.stop - part.start
+        deltas = [
+            buffer[:count].copy_(_subtract(source[part], base[part], rounded[:count]))
+            for buffer, source in zip(buffers, sources, strict=True)
+        ]
+        yield part, deltas
+
+
+def _variance(deltas: Sequence[Tensor]) -> Tensor:
+    """Population variance at each element in float64, rounded to float32: torch.var sums in float64 too."""
+    mean = deltas[0].clone()
+    for delta in deltas[1:]:
+        mean.add_(delta)
+    mean.div_(len(deltas))
+    total = (deltas[0] - mean).square_()
+    for delta in deltas[1:]:
+        total.add_((delta - mean).square_())
+    return total.div_(len(deltas)).to(torch.float32)
+
+
+def _variance_cut(sources: Sequence[Tensor], base: Tensor, share: float) -> Cut:
+    nonzero: list[int] = []  # of each piece, in any order
+
+    def read(block: slice) -> Iterator[tuple[int, Tensor]]:
+        return ((part.start, _variance(deltas)) for part, deltas in _deltas(sources, base, block))
+
+    def counted(block: slice) -> Iterator[tuple[int, Tensor]]:
+        for start, values in read(block):
+            nonzero.append(int(torch.count_nonzero(values)))
+            yield start, values
+
+    histogram = _histogram(_Values(base.numel(), base.device, counted))
+    # mergekit truncates a tensor times a float, which is rounded to float32
+    count = int(torch.tensor(sum(nonzero)) * share) if share > 0 else 0
+    return _cuts(_Values(base.numel(), base.device, read), histogram, [min(count, base.numel())])[0]
+
+
+def _add_squares(lanes: Tensor, values: Tensor) -> None:
+    """Adds the squares to float64 partial sums, element i of a block to lane i mod 2^15, in order.
+
+    The squares of float32 values are exact in float64, so a fused multiply-add gives the same bits.
+    """
+    for part in kernels.chunks(values.numel(), _LANES):
+        lanes[: part.stop - part.start].addcmul_(values[part], values[part])
+
+
+def _shares(squares: Sequence[float], numel: int) -> tuple[float, ...]:
+    """Weights from sums of squares over numel elements."""
+    total = sum(squares)
+    if not math.isfinite(total):
         raise CheckpointError("holds NaN or infinite values")
-    return counts.cpu()
-
-
-def _cut(values: _Values, like: Tensor, counts: Tensor, kept: int) -> Cut:
-    """The cut that keeps the `kept` largest."""
-    if kept <= 0:
-        return NOTHING
-    upper, rest = _descend(counts, min(kept, like.numel()))
-    lower_counts = torch.zeros(1 << 16, dtype=torch.int64, device=like.device)
-    for part in kernels.chunks(like.numel()):
-        keys = _keys(values(part))
-        inside = keys[(keys >> 16) == upper]
-        if inside.numel():
-            lower_counts += torch.bincount(inside & 0xFFFF, minlength=1 << 16)
-    lower, rest = _descend(lower_counts.cpu(), rest)
-    key = upper << 16 | lower
-    magnitude = float(torch.tensor(key, dtype=torch.int32).view(torch.float32))
-    for part in kernels.chunks(like.numel()):
-        equal = _keys(values(part)) == key
-        here = int(torch.count_nonzero(equal))
-        if here >= rest:
-            return magnitude, part.start + int(equal.nonzero()[rest - 1])
-        rest -= here
-    raise AssertionError("a histogram counts what is there")
-
-
-def _descend(counts: Tensor, rank: int) -> tuple[int, int]:
-    """Bin of the rank-th largest element (from 1), and its rank within that bin."""
-    from_above = counts.flip(0).cumsum(0)
-    at = int(torch.searchsorted(from_above, rank))
-    found = len(counts) - 1 - at
-    return found, rank - (int(from_above[at - 1]) if at else 0)
+    if total < 1e-6 * numel or total == 0:
+        return (1.0 / len(squares),) * len(squares)
+    return tuple(s / total for s in squares)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -18,8 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from shoal.journal import EvaluationRow
-from shoal.preflight import Prepared
+if TYPE_CHECKING:
+    from shoal.journal import EvaluationRow
+    from shoal.preflight import Prepared
 
 
 class Lines:

@@ -174,8 +174,72 @@ def test_groups_name_the_parts_of_every_layer(name, families):
     assert notes == []
 
 
+NAMED = {
+    "model.language_model.layers.1.self_attn.q_proj.weight": "layers.1.attn",
+    "model.language_model.layers.1.mlp.vision_gate.weight": "layers.1.mlp",  # a part of a text layer
+    "model.visual.blocks.1.attn.proj.weight": "other",
+    "model.vision_tower.encoder.layers.0.layer_norm1.weight": "other",
+    "audio_tower.layers.0.fc1.weight": "other",
+    "multi_modal_projector.norm.weight": "other",
+    "model.embed_vision.embedding.weight": "other",
+    "transformer.tokens_embed.weight": "embed",
+    "word_embeddings.weight": "embed",
+    "embed_out.weight": "head",
+    "head.weight": "head",
+    "model.head_norm.weight": "norm",
+    "cls.predictions.transform.dense.weight": "head",
+}
+
+
+def test_groups_from_names_alone(tmp_path):
+    made_up = {"model_type": "shoalfish", "architectures": ["ShoalfishForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(made_up))
+    save_file({name: torch.full((2,), float(i)) for i, name in enumerate(NAMED)}, tmp_path / SINGLE)
+    notes: list[str] = []
+    groups = tensor_groups(Checkpoint.open(tmp_path), notes)
+    assert {name: g.name for g in groups for name in g.tensors} == NAMED
+    components = ["audio_tower", "model.embed_vision", "model.vision_tower", "model.visual"]
+    assert notes == [
+        "ShoalfishForCausalLM: unknown to mergekit; tensor groups come from tensor names",
+        *(
+            f"component {c!r} is merged as a whole, in group 'other'"
+            for c in (*components, "multi_modal_projector")
+        ),
+    ]
+
+
+def test_vision_layers_are_no_text_layers(save_family, make_plan, tmp_path):
+    """Qwen3.5 as published: unknown to mergekit, and only its language model is run."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    text = {**SIZES, **HEADS, **linear, "layer_types": ["linear_attention", "full_attention"]}
+    vision = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    vision |= {"patch_size": 4, "num_position_embeddings": 16}
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision)
+        return AutoModelForImageTextToText.from_config(config)
+
+    paths = save_family(tmp_path, make, count=3)
+    notes: list[str] = []
+    parents = [Checkpoint.open(p) for p in paths]
+    groups = tensor_groups(parents[0], notes)
+    seen = [n for n in parents[0].names if n.startswith("model.visual.")]
+    assert len(seen) > 20
+    assert sorted(next(g.tensors for g in groups if g.name == "other")) == seen
+    assert notes[1:] == ["component 'model.visual' is merged as a whole, in group 'other'"]
+    merger = Merger(parents, groups, load_runtime(paths[0]))
+    assert merger.notes == []
+    plan = make_plan(groups, "ties", models=3, source_parameters=ties)
+    assert_in_place_is_what_is_written(plan, merger, paths, tmp_path / "out")
+    assert_close(merged(plan, paths), formula(plan, parents))
+
+
 @pytest.mark.parametrize("name", DENSE)
-@pytest.mark.parametrize("operator", ["linear", "ties"])
+@pytest.mark.parametrize("operator", ["linear", "task_arithmetic", "ties"])
 def test_the_merge_is_mergekits(operator, name, families, make_plan, tmp_path):
     paths = families(name)
     plan = make_plan(
@@ -213,7 +277,7 @@ def formula(plan: MergePlan, parents: Sequence[Any]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "Llama"])
-@pytest.mark.parametrize("operator", ["linear", "ties"])
+@pytest.mark.parametrize("operator", ["linear", "task_arithmetic", "ties"])
 def test_the_merge_is_the_formulas_in_float64(operator, name, families, make_plan):
     parents, groups = opened(families(name))
     plan = make_plan(groups, operator, models=3, source_parameters=ties if operator == "ties" else None)
