@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, RecipeError
 from shoal.merge.adapter import Adapter
 from shoal.merge.checkpoint import INDEX, Parent
 from shoal.merge.disk import SHARD_BYTES
@@ -60,6 +60,11 @@ def merge_by_mergekit(
 
     part = replace(plan, groups=tuple(g for g in plan.groups if g.operator == operator))
     references = [_reference(p) for p in parents]
+    if len(set(references)) != len(references):
+        twice = next(r for r in references if references.count(r) > 1)
+        raise CheckpointError(
+            f"mergekit cannot tell two parents apart: both are {twice}; name each model once"
+        )
     config = _configuration(config_of(part, references))
     options = MergeOptions(quiet=True)
     cache = LoaderCache()
@@ -173,6 +178,8 @@ def write_config(
             index = write_shards(
                 folder, outputs, lambda into: planned.fill(into, seed), max_shard_bytes, progress
             )
+        except RecipeError as error:  # of our kernels, which do not know the file
+            raise CheckpointError(f"{yaml_path}: {error}") from error
         except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, KeyError) as error:
             raise CheckpointError(f"{yaml_path}: mergekit cannot merge it: {line_of(error)}") from error
         notes = [*planned.notes, *_write_files(folder, planned, outputs, data, text, out_dir.name)]
@@ -260,12 +267,12 @@ def merge_mergekit_config(yaml_path: Path, out_dir: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    """mergekit's warnings off the terminal; it logs to the root logger."""
     import logging
 
-    logger = logging.getLogger("mergekit")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)

@@ -11,14 +11,14 @@ and tied weights mean what they mean there. Two things are deliberately ours:
 
 from __future__ import annotations
 
+import io
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 from shoal.errors import CheckpointError, RecipeError, ShoalError, nearest
 from shoal.merge.adapter import Adapter, open_parent
 from shoal.merge.checkpoint import Checkpoint, Parent
-from shoal.merge.methods import METHODS, Method
+from shoal.merge.methods import METHODS, Method, is_native
 from shoal.merge.resident import Merger, Output
 from shoal.types import MergePlan, OutputGroup, Source
 
@@ -41,6 +41,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 # parameters that change nothing in the result: by method, and for all of them
 _NO_EFFECT = {"task_arithmetic": ("density", "rescale")}
+_WIDENS = ("arcee_fusion",)  # by a float32 mask, whatever it computes in
 _NEVER = ("int8_mask",)  # how much memory mergekit's masks take
 
 
@@ -73,6 +74,8 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
     data = documents[0] if documents else None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a mapping with merge_method, found {_kind(data)}")
+    if odd := [key for key in data if not isinstance(key, str)]:
+        raise CheckpointError(f"{path}: expected names as keys, found {odd[0]!r}; is this a mergekit YAML?")
     _expanded(data, path)
     for key, what in _OTHERS.items():
         if key in data and "merge_method" not in data:
@@ -389,29 +392,6 @@ class _loaders:
         LoaderCache.loaders.update(self.before)
 
 
-def import_mergekit() -> None:
-    """Import mergekit's planner without peft, which it imports for LoRA merges that are ours here, and which takes
-    as long as torch itself. Whoever uses mergekit's name for it later gets the real one."""
-    if "mergekit.merge" in sys.modules or "peft" in sys.modules:
-        import mergekit.merge
-
-        return
-
-    class Later(ModuleType):
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            from importlib import import_module
-
-            return getattr(import_module("peft"), name)
-
-    sys.modules["peft"] = Later("peft")
-    try:
-        import mergekit.merge  # noqa: F401
-    finally:
-        del sys.modules["peft"]
-
-
 def plan_config(data: Mapping[str, Any], where: str, seed: int = 0) -> Planned:
     """Let mergekit plan the configuration `data`, and take over what our kernels can do.
 
@@ -427,7 +407,6 @@ def plan_config(data: Mapping[str, Any], where: str, seed: int = 0) -> Planned:
 
 
 def _plan_config(data: Mapping[str, Any], where: str, seed: int) -> Planned:
-    import_mergekit()
     from mergekit import merge_methods
     from mergekit.architecture import get_architecture_info
     from mergekit.common import ModelReference
@@ -462,7 +441,8 @@ def _plan_config(data: Mapping[str, Any], where: str, seed: int) -> Planned:
     build = planner._tokenizer_task
     vocabulary = None
     if build is not None:
-        tokenizer = build.execute()
+        with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+            tokenizer = build.execute()
         pad = config.tokenizer.pad_to_multiple_of if config.tokenizer is not None else None
         _update_config_vocab(out_config, architecture, tokenizer.tokenizer, pad_to_multiple_of=pad)
         vocabulary = -(-len(tokenizer.tokenizer.get_vocab()) // (pad or 1)) * (pad or 1)
@@ -594,6 +574,8 @@ class _Translation:
         for dtype in loaded[1:]:
             promoted = torch.promote_types(promoted, dtype)
         final = dtype_from_name(weight.force_dtype or self.config.out_dtype) or promoted
+        if task.method_name in _WIDENS and len(entries) > 1 and not (compute or self.config.out_dtype):
+            final = torch.promote_types(final, torch.float32)
         shape = entries[0].shape
         if permuted:
             reason: str | None = "another vocabulary"
@@ -696,9 +678,6 @@ class _Translation:
             shared, own = ({}, [{} for _ in sources]) if single else self._parameters(chosen, task, sources)
         except RecipeError as error:
             return str(error)
-        for entry in entries:
-            assert entry.name is not None
-            self.stored[entry.model][weight.name] = entry.name
         group = OutputGroup(
             weight.name,
             chosen.name,
@@ -709,6 +688,13 @@ class _Translation:
             (weight.name,),
             shared,
         )
+        if not is_native(group):
+            # an option has a value that our kernels lack; a Merger would pass on our views, not the adapters in them
+            switches = [f"{n}: {v}" for n, v in shared.items() if v != chosen.native_options.get(n, v)]
+            return ", ".join(switches) or f"method {task.method_name}"
+        for entry in entries:
+            assert entry.name is not None
+            self.stored[entry.model][weight.name] = entry.name
         self.groups.setdefault((base, str(final).removeprefix("torch.")), []).append(group)
         densities = [p.get("density", 1.0) for p in own]
         self.drawn |= chosen.name in _RANDOM and any(0 < d < 1 for d in densities)
@@ -730,10 +716,12 @@ class _Translation:
             if not known:
                 if value == parameter.default:
                     return
-                raise RecipeError(f"{parameter.name}: {value}")
+                raise RecipeError(f"parameter {parameter.name}")
             domain = specs[parameter.name].domain if parameter.name in specs else None
-            if not math.isfinite(value) or (domain and not domain[0] <= value <= domain[1]):
-                raise RecipeError(f"{parameter.name}: {value}")
+            if not math.isfinite(value):
+                raise RecipeError(f"{parameter.name} that is no finite number")
+            if domain and not domain[0] <= value <= domain[1]:
+                raise RecipeError(f"{parameter.name} outside {list(domain)}")
             into[parameter.name] = value
 
         scopes = {p.name: p.scope for p in chosen.parameters}

@@ -131,6 +131,8 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
     A process that is killed leaves `.NAME.shoal-merging-PID-...` behind; the next merge to the same place removes it.
     """
     out_dir = Path(out_dir)
+    if out_dir.is_symlink():  # a folder cannot be renamed onto a link, only onto what it points to
+        out_dir = out_dir.resolve()
     _refuse_existing(out_dir)
     prefix = f".{out_dir.name}.shoal-merging-"
     try:

@@ -206,6 +206,22 @@ def test_a_killed_merge_leaves_nothing_that_looks_finished_and_the_next_one_clea
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links")
+def test_a_link_gets_the_folder_where_it_points(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, target in (("link", "empty"), ("dangling", "new")):
+        (tmp_path / name).symlink_to(target)
+        with new_folder(tmp_path / name) as folder:
+            (folder / "file").write_text("")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / target / "file").is_file()
+    with (
+        pytest.raises(CheckpointError, match="empty: exists and is not empty"),
+        new_folder(tmp_path / "link"),
+    ):
+        pass
+
+
 def test_only_folders_of_dead_merges_to_the_same_place_are_removed(tmp_path):
     kept = [
         ".out.shoal-merging-x-1",

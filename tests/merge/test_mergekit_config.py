@@ -327,8 +327,8 @@ def test_a_config_gives_what_mergekit_gives(case, llamas, tmp_path):
 
 def test_what_goes_through_mergekit_is_said(llamas, tmp_path):
     _, written = ours(CASES["a density above one"](*llamas), tmp_path / "out")
-    assert written.by_mergekit == {"density: 1.5": written.tensors}
-    assert f"{written.tensors} by mergekit: density: 1.5 ({written.tensors})" in written.words()
+    assert written.by_mergekit == {"density outside [0.0, 1.0]": written.tensors}
+    assert f"{written.tensors} by mergekit: density outside [0.0, 1.0] ({written.tensors})" in written.words()
     _, written = ours(CASES["computed in float64"](*llamas), tmp_path / "other")
     assert written.by_mergekit == {"dtype float64": written.tensors}
 
@@ -376,6 +376,18 @@ def test_without_a_dtype_each_tensor_has_the_one_that_mergekit_writes(llamas, tm
     assert {t.dtype for n, t in found.items() if "mlp" in n} == {torch.float32}  # what both fit in
     assert found["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert written.by_mergekit == {}
+
+
+def test_a_method_that_widens_widens_here_too(bf16_llamas, tmp_path):
+    data = {
+        "merge_method": "arcee_fusion",
+        "models": [model(bf16_llamas[1])],
+        "base_model": str(bf16_llamas[0]),
+    }
+    expected = theirs(data, tmp_path / "theirs")
+    found, _ = ours(data, tmp_path / "ours")
+    assert {t.dtype for t in found.values()} == {torch.float32}
+    assert_close(found, expected, 1e-6)
 
 
 def test_tied_weights(tied_llamas, tmp_path):
@@ -495,7 +507,7 @@ SOURCES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_tokenizers_are_built_by_mergekit(source, vocabularies, tmp_path):
+def test_tokenizers_are_built_by_mergekit(source, vocabularies, tmp_path, capfd):
     a, b = vocabularies
     data = {
         "merge_method": "linear",
@@ -506,7 +518,9 @@ def test_tokenizers_are_built_by_mergekit(source, vocabularies, tmp_path):
         **SOURCES[source](a, b),
     }
     expected = theirs(data, tmp_path / "theirs")
+    capfd.readouterr()
     found, written = ours(data, tmp_path / "ours")
+    assert capfd.readouterr().err == ""
     # tokenizers numbers added tokens in another order every time, in mergekit alone too: compare token by token
     vocabulary, other = (vocabulary_of(tmp_path / side) for side in ("ours", "theirs"))
     assert vocabulary.keys() == other.keys()
@@ -579,11 +593,13 @@ def test_without_a_base_the_first_model_gives_configuration_and_tokenizer(llamas
 # --- adapters, draws, shards ------------------------------------------------------------------------------------
 
 
-def test_adapters(llamas, tmp_path):
+@pytest.fixture
+def adapters(llamas, tmp_path):
+    """Two LoRA adapters on the base."""
     import peft
     from transformers import AutoModelForCausalLM
 
-    adapters = []
+    paths = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         runtime = AutoModelForCausalLM.from_pretrained(llamas[0])
@@ -593,8 +609,12 @@ def test_adapters(llamas, tmp_path):
             for name, parameter in trained.named_parameters():
                 if "lora_" in name:
                     parameter.copy_(torch.randn(parameter.shape) * 0.05)
-        adapters.append(tmp_path / f"adapter{seed}")
-        trained.save_pretrained(adapters[-1])
+        paths.append(tmp_path / f"adapter{seed}")
+        trained.save_pretrained(paths[-1])
+    return paths
+
+
+def test_adapters(llamas, adapters, tmp_path):
     data = {
         "merge_method": "ties",
         "models": [
@@ -614,6 +634,38 @@ def test_adapters(llamas, tmp_path):
     assert_close(found, expected, 1e-6)
     # the base's tokenizer as it is; mergekit's comes out of the merged copy that transformers saved
     assert read(tmp_path / "only" / "ours" / "tokenizer.json") == read(llamas[0] / "tokenizer.json")
+
+
+OPTIONS: dict[str, Any] = {
+    "filter_wise: True": lambda b, first, second, m1, m2: {
+        "merge_method": "model_stock",
+        "models": [model(first), model(m1), model(m2)],
+        "base_model": str(b),  # which is the adapter's base too: the two must not be taken for one
+        "parameters": {"filter_wise": True},
+    },
+    "nuslerp_flatten: False": lambda b, first, second, m1, m2: {
+        "merge_method": "nuslerp",
+        "slices": [
+            {"sources": [layers(first, 0, 2, weight=[0.1, 0.9]), layers(second, 0, 2, weight=0.5)]},
+            {"sources": [layers(b, 0, 1, weight=0.3), layers(m1, 1, 2, weight=0.5)]},
+        ],
+        "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    },
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_that_our_kernels_lack_go_to_mergekit_adapters_and_moved_layers_too(
+    option, llamas, adapters, tmp_path
+):
+    first, second = (f"{llamas[0]}+{a}" for a in adapters)
+    data = OPTIONS[option](llamas[0], first, second, *llamas[1:3]) | {"dtype": "float32"}
+    expected = theirs(data, tmp_path / "theirs", lora_merge_cache=str(tmp_path / "cache"))
+    found, written = ours(data, tmp_path / "ours")
+    assert_close(found, expected, 1e-6)
+    assert sum(written.by_mergekit.values()) == written.tensors
+    if METHODS[data["merge_method"]].native:
+        assert set(written.by_mergekit) == {option}
 
 
 def test_masks_are_another_draw_and_that_is_said(llamas, tmp_path):
@@ -686,6 +738,11 @@ REFUSED: dict[str, tuple[str, str]] = {
     "dtype": (LINEAR + "dtype: float8\n", 'Unimplemented dtype "float8"'),
     "template": (LINEAR + "chat_template: chatmll\n", "'chatmll' is neither a Jinja text nor a name"),
     "text": (LINEAR + "dtype: \x00\n", "no valid YAML"),
+    "number as a key": (LINEAR + "1: 2\n", "expected names as keys, found 1"),
+    "weights that cancel out": (
+        LINEAR + "- model: {1}\n  parameters: {{weight: -1}}\n",
+        r"weights \[1\.0, -1\.0\] sum to 0; set normalize: false",
+    ),
 }
 
 
