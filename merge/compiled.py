@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shoal.cache import cache_folder
-from shoal.merge import kernels
+from shoal.merge import chunks
 from shoal.merge.terms import Program, combine
 
 Compile = Literal["auto", "always", "never"]
@@ -64,8 +64,8 @@ class Work:
 
 def eager(work: Work) -> None:
     """The merge in tiles that stay in cache."""
-    size = kernels.STEP_CPU if work.out.device.type == "cpu" else kernels.STEP_GPU
-    for part in kernels.chunks(work.out.shape[0], max(1, size // work.out.shape[1])):
+    size = chunks.STEP_CPU if work.out.device.type == "cpu" else chunks.STEP_GPU
+    for part in chunks.chunks(work.out.shape[0], max(1, size // work.out.shape[1])):
         tile = work.rows(part)
         tile.out.copy_(combine(tile.program, tile.base, tile.sources, tile.table).to(tile.rounded))
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from shoal.merge import kernels
+from shoal.merge.masks import keep_random, keep_top
 
 
 class Keep(Protocol):
@@ -46,7 +46,7 @@ class KeepTop(_Small):
     cut: tuple[float, int]
 
     def mask(self, start: int, delta: Tensor) -> Tensor:
-        return kernels.keep_top(delta, start, self.cut)
+        return keep_top(delta, start, self.cut)
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class KeepBetween(_Small):
     upper: tuple[float, int]
 
     def mask(self, start: int, delta: Tensor) -> Tensor:
-        outliers = kernels.keep_top(delta, start, self.upper)
-        return kernels.keep_top(delta, start, self.lower) & ~outliers
+        outliers = keep_top(delta, start, self.upper)
+        return keep_top(delta, start, self.lower) & ~outliers
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class KeepRandom(_Small):
     density: float
 
     def mask(self, start: int, delta: Tensor) -> Tensor:
-        return kernels.keep_random(self.stream, start, delta.numel(), self.density, delta.device)
+        return keep_random(self.stream, start, delta.numel(), self.density, delta.device)
 
 
 @dataclass

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from shoal.errors import CheckpointError, RecipeError
-from shoal.merge import kernels, selection, spans
+from shoal.merge import selection, spans
+from shoal.merge.chunks import Lanes, chunks
 from shoal.merge.formulas import float32_sum
 from shoal.merge.keeps import Keep, KeepBetween, KeepMask, KeepNone, KeepRandom, KeepTop
+from shoal.merge.masks import mask_key
 from shoal.merge.methods import Resolved
 from shoal.merge.terms import Terms
 
@@ -159,7 +161,7 @@ class Measurements:
     def _new_keep(self, key: tuple[Any, ...], index: int, tensors: Tensors, numel: int) -> Keep:
         origin, base, load, shape = tensors.sources[index], tensors.base, tensors.load, tensors.shape
         assert base is not None
-        stream = kernels.mask_key(tensors.seed, origin[0], tensors.name)
+        stream = mask_key(tensors.seed, origin[0], tensors.name)
         if key[0] == "random":
             return KeepRandom(key, stream, key[2])
         if key[0] == "della":
@@ -237,10 +239,11 @@ def _told(origin: Origin, measure: Callable[[], T]) -> T:
 
 def l1_ratio(source: Tensor, base: Tensor, keep: Keep) -> float:
     """||delta||_1 / ||kept part of delta||_1 of flat tensors; 1 where a norm is below 1e-7, as in mergekit."""
-    before = after = 0.0
-    for part in kernels.chunks(source.numel()):
+    before, after = Lanes(source.device), Lanes(source.device)
+    for part in chunks(source.numel()):
         delta = source[part].to(torch.float32) - base[part].to(torch.float32)
-        size = delta.abs()
-        before += kernels.tree_sum(size)
-        after += kernels.tree_sum(size * keep.mask(part.start, delta))
-    return 1.0 if before < 1e-7 or after < 1e-7 else before / after
+        size = delta.abs().to(torch.float64)
+        before.add(size)
+        after.add(size.mul_(keep.mask(part.start, delta)))
+    norm, kept = before.total(), after.total()
+    return 1.0 if norm < 1e-7 or kept < 1e-7 else norm / kept

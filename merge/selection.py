@@ -1,8 +1,8 @@
-"""Which elements of a delta are kept: exact order statistics of whole tensors, without sorting or copying them.
+"""Which elements of a delta are kept: exact order statistics of whole tensors, without sorting or copies.
 
-A delta is `source.float() - base.float()`, made piece by piece in a reused buffer. Magnitudes are ordered by the bits
-of their float32 values: one pass counts the upper 16 bits, a second the lower 16 bits in the bin of the wanted rank.
-What is counted is an integer and every sum has a fixed order: no result depends on threads or on the device.
+A delta is `source.float() - base.float()`, made piece by piece in a reused buffer. Magnitudes are ordered by
+the bits of their float32 values: one pass counts the upper 16 bits, a second the lower 16 bits in the bin of
+the wanted rank. Counts are integers and every sum has a fixed order: no result depends on threads or device.
 """
 
 from __future__ import annotations
@@ -19,29 +19,33 @@ import torch
 from torch import Tensor
 
 from shoal.errors import CheckpointError, RecipeError
-from shoal.merge import kernels
+from shoal.merge.chunks import LANES, STEP_GPU, chunks, tree_sum
+from shoal.merge.masks import keep_top, uniform_bits
 
 Cut = tuple[float, int]  # magnitude, and the last index that is kept among its equals
 NOTHING: Cut = (math.inf, -1)  # the cut that keeps no element
 _UPPER_BINS = 1 << 15
 _LOWER_BINS = 1 << 16
 _INFINITE = 0x7F80  # upper bits of infinity; those of NaN are not smaller
-# Elements per operation on a CPU: stays in cache, and torch runs so few on the calling thread. Its own threads would
-# meet after every operation, which on a busy machine takes longer than the operation.
+# Elements per operation on a CPU: stays in cache, and torch runs so few on the calling thread. Its own
+# threads would meet after every operation, which on a busy machine takes longer than the operation.
 _PIECE = 1 << 15
-_LANES = 1 << 15  # partial sums of a fold: part of the result, never change it
 _UNIFORM = 1 << 24  # uniform_bits are in [0, 2^24)
 _EXACT_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
+# a block -> (start, piece); the piece may be overwritten
+_Read = Callable[[slice], Iterator[tuple[int, Tensor]]]
+# lower bits that occur, rising, and how often
+_LowerCounts = tuple[npt.NDArray[np.uint16], npt.NDArray[np.int32]]
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 @dataclass(frozen=True, eq=False)
 class MagnitudeHistogram:
-    """How many elements of a delta have which upper 16 bits: some 30 KB however large the tensor, no tensor is held.
+    """How many elements of a delta have which upper 16 bits: some 10 KB for any size, no tensor is held.
 
-    bins: (m,) uint16, the upper bits that occur, falling. kept: (m,), the elements in this bin and all before it.
+    bins: (m,) uint16, the upper bits that occur, falling. kept: (m,), the elements in it and all before.
     """
 
     bins: npt.NDArray[np.uint16] = field(repr=False)
@@ -49,21 +53,22 @@ class MagnitudeHistogram:
 
     @staticmethod
     def of(source: Tensor, base: Tensor) -> MagnitudeHistogram:
-        """Of two flat tensors of any float dtypes, in one pass. CheckpointError where a delta is no finite number."""
+        """Of flat tensors of any float dtypes, in one pass. CheckpointError where a delta is not finite."""
         return _histogram(_delta(source, base))
 
     def cuts(self, source: Tensor, base: Tensor, counts: Sequence[int]) -> list[Cut]:
         """For each count k the cut that keeps exactly the k largest |delta|, lowest index first among equals.
 
-        One pass over the tensors that the histogram was made of, for all counts together. k = 0 gives NOTHING.
+        One pass over the tensors that the histogram was made of, for all counts. k = 0 gives NOTHING.
         ValueError for k outside 0..n. TIES, arXiv:2306.01708, section 3, step 1.
         """
         return _cuts(_delta(source, base), self, counts)
 
     def find(self, count: int) -> tuple[int, int]:
         """(upper bits, rank within their bin) of the count-th largest element, both ranks from 1."""
-        if not 0 < count <= int(self.kept[-1]):
-            raise ValueError(f"no {count} elements among {int(self.kept[-1])}")
+        total = int(self.kept[-1]) if len(self.kept) else 0
+        if not 0 < count <= total:
+            raise ValueError(f"no {count} elements among {total}")
         at = int(np.searchsorted(self.kept, count))
         return int(self.bins[at]), count - (int(self.kept[at - 1]) if at else 0)
 
@@ -73,8 +78,8 @@ def breadcrumbs_range(
 ) -> tuple[Cut, Cut]:
     """(lower, upper) cut: kept is what `lower` keeps and `upper` does not, exactly int(density * n) elements.
 
-    The int(gamma * n) largest are outliers, fewer where that would leave too few; the lowest index counts as the
-    largest of equals. Model Breadcrumbs, arXiv:2312.06795, section 3.
+    The int(gamma * n) largest are outliers, fewer where that would leave too few; the lowest index counts as
+    the largest of equals. Model Breadcrumbs, arXiv:2312.06795, section 3.
     """
     numel = source.numel()
     kept = int(density * numel)
@@ -83,22 +88,20 @@ def breadcrumbs_range(
     return lower, upper
 
 
-# --- passes over tensors ------------------------------------------------------------------------------------------
+# --- passes over tensors ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Values:
-    """Float32 values, one per element, made when they are read: no more than a piece per thread is in memory."""
+    """Float32 values, one per element, made when they are read: a piece per thread is in memory."""
 
     numel: int
     device: torch.device
-    read: Callable[
-        [slice], Iterator[tuple[int, Tensor]]
-    ]  # a block -> (start, piece); the piece may be overwritten
+    read: _Read
 
     def blocks(self, work: Callable[[slice], B]) -> Iterator[B]:
         """What `work` makes of each block of CHUNK elements, in order."""
-        return _in_order(work, list(kernels.chunks(self.numel)), self.device)
+        return _in_order(work, list(chunks(self.numel)), self.device)
 
     def keys(self, block: slice) -> Iterator[tuple[int, Tensor]]:
         """(start, int32 keys) that order like the magnitudes."""
@@ -110,10 +113,8 @@ def _in_order(work: Callable[[A], B], jobs: Sequence[A], device: torch.device) -
     inference = torch.is_inference_mode_enabled()
 
     def one(job: A) -> B:
-        with (
-            torch.inference_mode(inference),
-            torch.no_grad(),
-        ):  # both are settings of the calling thread alone
+        # both modes belong to the calling thread alone
+        with torch.inference_mode(inference), torch.no_grad():
             return work(job)
 
     workers = min(torch.get_num_threads() if device.type == "cpu" else 1, len(jobs))
@@ -125,13 +126,13 @@ def _in_order(work: Callable[[A], B], jobs: Sequence[A], device: torch.device) -
 
 
 def _pieces(block: slice, device: torch.device) -> Iterator[slice]:
-    parts = kernels.chunks(block.stop - block.start, _piece(device))
+    parts = chunks(block.stop - block.start, _piece(device))
     return (slice(block.start + part.start, block.start + part.stop) for part in parts)
 
 
 def _piece(device: torch.device) -> int:
     """Elements per operation."""
-    return _PIECE if device.type == "cpu" else kernels.STEP_GPU
+    return _PIECE if device.type == "cpu" else STEP_GPU
 
 
 def _buffers(block: slice, device: torch.device, dtypes: Iterable[torch.dtype]) -> list[Tensor]:
@@ -165,7 +166,7 @@ def _keys(values: Tensor) -> Tensor:
     return values.view(torch.int32).bitwise_and_(0x7FFFFFFF)
 
 
-# --- order statistics by bits -----------------------------------------------------------------------------------
+# --- order statistics by bits -------------------------------------------------------------------------------
 
 
 def _histogram(values: _Values) -> MagnitudeHistogram:
@@ -209,10 +210,10 @@ def _cuts(values: _Values, histogram: MagnitudeHistogram, counts: Sequence[int])
 
 @dataclass
 class _Bin:
-    """The lower bits of the elements of one bin. blocks: those that occur in a block, uint16 rising, and how often."""
+    """The lower bits of the elements of one bin, block by block."""
 
     upper: int
-    blocks: list[tuple[npt.NDArray[np.uint16], npt.NDArray[np.int32]]] = field(default_factory=list)
+    blocks: list[_LowerCounts] = field(default_factory=list)
 
     def cut(self, values: _Values, rank: int) -> Cut:
         """The cut that keeps the `rank` largest of this bin and all that is larger."""
@@ -227,7 +228,7 @@ class _Bin:
 
     def _nth(self, values: _Values, key: int, rank: int) -> int:
         """Index of the rank-th element with this key, from 1."""
-        for block, (lower, counts) in zip(kernels.chunks(values.numel), self.blocks, strict=True):
+        for block, (lower, counts) in zip(chunks(values.numel), self.blocks, strict=True):
             here = int(counts[lower == key & (_LOWER_BINS - 1)].sum())
             if here >= rank:
                 equals = [(keys == key).nonzero().reshape(-1) + start for start, keys in values.keys(block)]
@@ -236,10 +237,8 @@ class _Bin:
         raise ValueError("the histogram is not of these tensors")
 
 
-def _lower_counts(
-    values: _Values, block: slice, uppers: Iterable[int]
-) -> list[tuple[npt.NDArray[np.uint16], npt.NDArray[np.int32]]]:
-    """For each bin the lower bits that occur in a block, and how often."""
+def _lower_counts(values: _Values, block: slice, uppers: Iterable[int]) -> list[_LowerCounts]:
+    """Of one block, for each bin; some 10 KB for a block of 2^20 elements, at most 400 KB."""
     found = {u: torch.zeros(_LOWER_BINS, dtype=torch.int32, device=values.device) for u in uppers}
     for _, keys in values.keys(block):
         for upper, counts in found.items():
@@ -249,7 +248,7 @@ def _lower_counts(
     return [_sparse(counts.cpu().numpy()) for counts in found.values()]
 
 
-def _sparse(counts: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int32]]:
+def _sparse(counts: npt.NDArray[np.int32]) -> _LowerCounts:
     at = np.flatnonzero(counts)
     return at.astype(np.uint16), counts[at]
 
@@ -262,23 +261,26 @@ def _lower_bits(keys: Tensor, upper: int) -> Tensor:
     return keys[keys >> 16 == upper] & (_LOWER_BINS - 1)
 
 
-# --- DELLA ------------------------------------------------------------------------------------------------------
+# --- DELLA --------------------------------------------------------------------------------------------------
 
 
 def della_mask(
     source: Tensor, base: Tensor, shape: tuple[int, ...], density: float, epsilon: float, stream: int
 ) -> Tensor:
-    """Flat bool mask: kept with a probability that rises with the rank in its row, density - epsilon to + epsilon.
+    """Flat bool mask: kept with a probability that rises with the rank, from density - epsilon to + epsilon.
 
-    source, base: flat tensors of any float dtypes. shape: theirs; a row is a whole vector, else what runs along
-    dimension 1, as in mergekit. Equals rank by their index, the lowest as the smallest. An element alone in its row
-    is kept with probability `density`, where mergekit divides 0 by 0 and fails. The draws are those of DARE masks,
-    so that a smaller density with the same epsilon keeps a subset. DELLA, arXiv:2406.11617, section 3.1 (MagPrune).
-    RecipeError where density +- epsilon is outside (0, 1); CheckpointError where the delta is not finite.
+    source, base: flat tensors of any float dtypes. shape: theirs; ranked is within a whole vector, else along
+    dimension 1, as in mergekit. Equals rank by their index, the lowest as the smallest. An element alone in
+    its row is kept with probability `density`, where mergekit divides 0 by 0 and fails. The draws are those
+    of DARE masks, so that a smaller density with the same epsilon keeps a subset. Whole rows at a time: in
+    memory are the mask and, per thread, some 40 bytes for each of 2^15 elements, or of those of a longer row.
+    DELLA, arXiv:2406.11617, section 3 (MagPrune). RecipeError where density +- epsilon is outside (0, 1);
+    CheckpointError where the delta is not finite.
     """
     if density + epsilon >= 1 or density - epsilon <= 0:
         raise RecipeError(
-            f"della: density {density:g} +- epsilon {epsilon:g} must stay inside (0, 1); choose a smaller epsilon"
+            f"della: density {density:g} +- epsilon {epsilon:g} must stay inside (0, 1);"
+            " choose a smaller epsilon"
         )
     device = source.device
     mask = torch.empty(source.numel(), dtype=torch.bool, device=device)
@@ -292,13 +294,13 @@ def della_mask(
         ranked = _by_rank(source[block].view(-1, width, depth), base[block].view(-1, width, depth), bounds)
         flat = ranked.view(-1)
         for part in _pieces(block, device):
-            bits = kernels.uniform_bits(stream, part.start, part.stop - part.start, device)
+            bits = uniform_bits(stream, part.start, part.stop - part.start, device)
             # both sides are exact: 24 bits, and a probability scaled by 2^24
             drawn = bits.to(torch.float32) < flat[part.start - block.start : part.stop - block.start]
             mask[part] = drawn
 
     height = max(1, _piece(device) // (width * depth))
-    for _ in _in_order(draw, list(kernels.chunks(rows, height)), device):
+    for _ in _in_order(draw, list(chunks(rows, height)), device):
         pass
     return mask
 
@@ -311,7 +313,7 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _bounds(width: int, density: float, epsilon: float, device: torch.device) -> Tensor:
-    """(width,) float32: 2^24 times the probability of each rank, in the order of mergekit's float32 operations."""
+    """(width,) float32: 2^24 times the probability of each rank, by mergekit's float32 operations."""
     ranks = torch.arange(width, device=device).to(torch.float32) + 1
     place = ((ranks - ranks[0]) / (ranks[-1] - ranks[0])).clamp(0, 1) if width > 1 else ranks / 2
     return ((density - epsilon) + place * 2 * epsilon) * _UNIFORM
@@ -321,7 +323,7 @@ def _by_rank(source: Tensor, base: Tensor, bounds: Tensor) -> Tensor:
     """(rows, width, depth) float32: to each element the bound of its rank along width."""
     rows, width, depth = source.shape
     found = torch.empty(source.shape, dtype=torch.float32, device=source.device)
-    for part in kernels.chunks(depth, max(1, _piece(source.device) // width)):
+    for part in chunks(depth, max(1, _piece(source.device) // width)):
         columns = found[:, :, part]
         delta = _subtract(source[:, :, part], base[:, :, part], torch.empty_like(columns))
         order = _order(_keys(delta.transpose(1, 2).reshape(-1, width)))
@@ -335,7 +337,7 @@ def _order(keys: Tensor) -> Tensor:
     """(rows, width) int64: the indices that sort each row of int32 keys, rising, stable."""
     if int(keys.max()) >> 16 >= _INFINITE:
         raise CheckpointError("holds NaN or infinite values")
-    # key and index in one number: no two are equal, so any sort is stable; numpy's is several times as fast as argsort
+    # key and index in one number: no two are equal, so any sort is stable; argsort takes far longer
     both = keys.to(torch.int64).bitwise_left_shift_(32)
     both.bitwise_or_(torch.arange(keys.shape[1], device=keys.device))
     if both.device.type == "cpu":
@@ -345,36 +347,36 @@ def _order(keys: Tensor) -> Tensor:
     return both.bitwise_and_(0xFFFFFFFF)
 
 
-# --- SCE --------------------------------------------------------------------------------------------------------
+# --- SCE ----------------------------------------------------------------------------------------------------
 
 
 def sce(
     sources: Sequence[Tensor], base: Tensor, select_topk: float
 ) -> tuple[Tensor | None, tuple[float, ...]]:
-    """(flat bool mask or None for all elements, weight of each source), from flat tensors of any float dtypes.
+    """(flat bool mask or None for all elements, weight of each source), of flat tensors of any float dtypes.
 
-    Selected are the int(select_topk * v) elements with the largest variance across the deltas, v of which are not 0,
-    lowest index first among equals; weights are the shares of the selected deltas' mean squares, equal ones where
-    these sum to less than 1e-6. SCE, arXiv:2408.07990, section 3. CheckpointError where a delta or a variance is not
-    finite. Keeps one byte per element.
+    Selected are the int(select_topk * v) elements with the largest variance across the deltas, v of which are
+    not 0, lowest index first among equals; weights are the shares of the selected deltas' mean squares, equal
+    ones where these sum to less than 1e-6. Keeps one byte per element. SCE, arXiv:2408.07990, section 3.
+    CheckpointError where a delta or a variance is not finite.
     """
     cut = _variance_cut(sources, base, select_topk) if select_topk < 1 else None
     mask = None if cut is None else torch.empty(base.numel(), dtype=torch.bool, device=base.device)
 
     def select(block: slice) -> list[float]:
-        sums = [torch.zeros(_LANES, dtype=torch.float64, device=base.device) for _ in sources]
+        sums = [torch.zeros(LANES, dtype=torch.float64, device=base.device) for _ in sources]
         for part, deltas in _deltas(sources, base, block):
             if mask is not None and cut is not None:
-                mask[part] = kernels.keep_top(_variance(deltas), part.start, cut)
+                mask[part] = keep_top(_variance(deltas), part.start, cut)
                 kept = mask[part].to(torch.float64)
                 for delta in deltas:
                     delta.mul_(kept)
             for lanes, delta in zip(sums, deltas, strict=True):
                 _add_squares(lanes, delta)
-        return [kernels.tree_sum(lanes) for lanes in sums]
+        return [tree_sum(lanes) for lanes in sums]
 
     squares = [0.0] * len(sources)
-    for found in _in_order(select, list(kernels.chunks(base.numel())), base.device):
+    for found in _in_order(select, list(chunks(base.numel())), base.device):
         squares = [a + b for a, b in zip(squares, found, strict=True)]
     return mask, _shares(squares, base.numel())
 
@@ -425,7 +427,7 @@ def _add_squares(lanes: Tensor, values: Tensor) -> None:
 
     The squares of float32 values are exact in float64, so a fused multiply-add gives the same bits.
     """
-    for part in kernels.chunks(values.numel(), _LANES):
+    for part in chunks(values.numel(), LANES):
         lanes[: part.stop - part.start].addcmul_(values[part], values[part])
 
 

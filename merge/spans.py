@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shoal.errors import RecipeError
-from shoal.merge import kernels
+from shoal.merge.chunks import LANES, Lanes, chunks
 
 Gram = npt.NDArray[np.float64]
 Coefficients = tuple[float, ...]
@@ -28,16 +28,18 @@ def gram(tensors: Sequence[Tensor], base: Tensor | None = None) -> Gram:
     Products and sums are float64 in a fixed order: the same bits with any number of threads. Reads in chunks.
     """
     count = len(tensors)
-    found = np.zeros((count, count))
-    for part in kernels.chunks(tensors[0].numel()):
-        origin = None if base is None else base[part].to(torch.float64)
+    pairs = {(i, j): Lanes(tensors[0].device) for i in range(count) for j in range(i, count)}
+    for part in chunks(tensors[0].numel(), LANES):  # small enough to stay in cache
         xs = [t[part].to(torch.float64) for t in tensors]
-        if origin is not None:
-            xs = [x - origin for x in xs]
-        for i in range(count):
-            for j in range(i, count):
-                found[i, j] += kernels.tree_sum(xs[i] * xs[j])
-    return found + np.triu(found, 1).T
+        if base is not None:
+            origin = base[part].to(torch.float64)
+            xs = [x.sub_(origin) for x in xs]
+        for (i, j), lanes in pairs.items():
+            lanes.add(xs[i] * xs[j])
+    found = np.zeros((count, count))
+    for (i, j), lanes in pairs.items():
+        found[i, j] = found[j, i] = lanes.total()
+    return found
 
 
 def slerp(inner: Gram, t: float) -> Coefficients:

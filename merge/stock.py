@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.merge import kernels
+from shoal.merge import chunks
 from shoal.merge.checkpoint import Parent
 from shoal.merge.keeps import Keep, keep_or_base
 from shoal.merge.layout import Entry, Layout
@@ -74,7 +74,7 @@ class Stock:
             out.copy_(source)
             return
         origin = self.load(base, entry.name)
-        for part in kernels.steps(source):
+        for part in chunks.steps(source):
             out[part] = keep_or_base(keep, part.start, source[part], origin[part])
         keep.release()
 

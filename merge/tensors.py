@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shoal.merge import kernels
+from shoal.merge import chunks
 from shoal.merge.keeps import keep_or_base
 from shoal.merge.terms import Terms, combine, program_of, row_of
 
@@ -22,7 +22,7 @@ def merge_tensor(
     program = program_of([terms])
     row = row_of(terms, program)
     keeps = terms.keeps or (None,) * len(sources)
-    for part in kernels.steps(out):
+    for part in chunks.steps(out):
         root = None if base is None else base[part]
         tiles = []
         for source, keep in zip(sources, keeps, strict=True):

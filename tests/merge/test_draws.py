@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.merge import kernels, method, resolved
+from shoal.merge import masks, method, resolved
 from shoal.merge.measurements import Measurements, Tensors
 from shoal.merge.tensors import merge_tensor
 from shoal.types import OutputGroup, Source
@@ -70,7 +70,7 @@ def test_with_our_draws_mergekit_makes_our_tensor(operator, shape, shared, monke
     merge_tensor(terms, base.reshape(-1), [s.reshape(-1) for s in sources], ours.view(-1), torch.float32)
 
     draws = [
-        kernels.uniform_bits(kernels.mask_key(SEED, i + 1, NAME), 0, base.numel()).to(torch.float64) / 2**24
+        masks.uniform_bits(masks.mask_key(SEED, i + 1, NAME), 0, base.numel()).to(torch.float64) / 2**24
         for i in range(3)
     ]
     theirs = by_mergekit(operator, base, sources, per_source, resolved(group).shared, draws, monkeypatch)
@@ -86,7 +86,7 @@ def test_masks_of_two_parents_are_independent_and_nest_in_density(operator):
         NAME, shape, (0, NAME), ((1, NAME), (2, NAME)), SEED, lambda o: tensors[o[0]].reshape(-1)
     )
 
-    def masks(density):
+    def drawn(density):
         values = {"weight": 0.5, "density": density, "epsilon": 0.1}
         if operator == "dare_linear":
             del values["epsilon"]
@@ -95,12 +95,12 @@ def test_masks_of_two_parents_are_independent_and_nest_in_density(operator):
         deltas = [(s - base).reshape(-1) for s in sources]
         return [keep.mask(0, delta) for keep, delta in zip(terms.keeps, deltas, strict=True)]
 
-    first, second = masks(0.5)
+    first, second = drawn(0.5)
     n = first.numel()
     correlation = float(((first.double() - 0.5) * (second.double() - 0.5)).mean()) * 4
     assert abs(correlation) < 4 / n**0.5
     assert abs(float(first.double().mean()) - 0.5) < 3 / n**0.5
-    for fewer, more in zip(masks(0.3), masks(0.5), strict=True):
+    for fewer, more in zip(drawn(0.3), drawn(0.5), strict=True):
         assert bool((more | ~fewer).all())
-    for again, same in zip(masks(0.5), (first, second), strict=True):
+    for again, same in zip(drawn(0.5), (first, second), strict=True):
         assert torch.equal(again, same)

@@ -90,14 +90,14 @@ def test_bits_do_not_depend_on_threads_runs_or_the_resident_model(operator, llam
 
 
 def test_steps_do_not_change_the_bits(llamas, make_plan, monkeypatch):
-    from shoal.merge import kernels
+    from shoal.merge import chunks
 
     parents, groups = opened(llamas)
     for operator in ("task_arithmetic", "ties", "dare_ties"):
         plan = make_plan(groups, operator, models=4, group_parameters=lambda g: {"normalize": True})
         hashes = set()
         for step in (100, 1001, 1 << 20):
-            monkeypatch.setattr(kernels, "STEP_CPU", step)
+            monkeypatch.setattr(chunks, "STEP_CPU", step)
             hashes.add(weights_sha256(Merger(parents, groups).tensors(plan)))
         assert len(hashes) == 1
 

@@ -11,7 +11,7 @@ import torch
 from mergekit.merge_methods.sce import sce_mask, sce_weight
 
 from shoal.errors import CheckpointError, RecipeError
-from shoal.merge import kernels, selection
+from shoal.merge import chunks, masks, selection
 from shoal.merge.selection import MagnitudeHistogram
 
 SIZES = [1, 2, 5, 1000, 70_001]
@@ -46,8 +46,16 @@ def largest(size, count):
     return mask
 
 
-def kept_by(cut, delta, step=kernels.CHUNK):
-    return torch.cat([kernels.keep_top(delta[p], p.start, cut) for p in kernels.chunks(delta.numel(), step)])
+def top_magnitudes(delta, count):
+    """The cut by a partial sort: (magnitude, last index kept among its equals)."""
+    size = delta.abs()
+    threshold = size.kthvalue(size.numel() - count + 1).values
+    equal = (size == threshold).nonzero().reshape(-1)
+    return float(threshold), int(equal[count - int((size > threshold).sum()) - 1])
+
+
+def kept_by(cut, delta, step=chunks.CHUNK):
+    return torch.cat([masks.keep_top(delta[p], p.start, cut) for p in chunks.chunks(delta.numel(), step)])
 
 
 @pytest.fixture
@@ -65,7 +73,7 @@ def on_threads():
     torch.set_num_threads(before)
 
 
-# --- the largest ------------------------------------------------------------------------------------------------
+# --- the largest --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,13 +87,13 @@ def test_cuts_keep_exactly_the_largest(size, dtype, kind):
     for count, cut in zip(counts, cuts, strict=True):
         assert torch.equal(kept_by(cut, delta, 4096), largest(delta, count)), count
         if count:
-            assert cut == kernels.top_magnitudes(delta, count / size + 1e-9)
+            assert cut == top_magnitudes(delta, count)
     assert cuts[0] == (math.inf, -1)
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties"])
 def test_cuts_of_several_blocks_do_not_depend_on_threads(on_threads, kind):
-    size = 2 * kernels.CHUNK + 12_345
+    size = 2 * chunks.CHUNK + 12_345
     source, base = tensors(size, torch.bfloat16, kind)
     delta = delta_of(source, base)
     counts = [size // 1000, size // 5, size - 2]
@@ -142,7 +150,7 @@ def test_nothing_of_nothing():
     assert mask is not None and mask.shape == (0,) and weights == (0.5, 0.5)
 
 
-# --- breadcrumbs ------------------------------------------------------------------------------------------------
+# --- breadcrumbs --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -173,12 +181,12 @@ def check_breadcrumbs(source, base, pairs):
         assert torch.equal(kept, expected)
 
 
-# --- DELLA ------------------------------------------------------------------------------------------------------
+# --- DELLA --------------------------------------------------------------------------------------------------
 
 
 def mergekit_della(monkeypatch, delta, density, epsilon, stream):
     """mergekit's flat mask with our uniform numbers, equals ranked by index."""
-    bits = kernels.uniform_bits(stream, 0, delta.numel())
+    bits = masks.uniform_bits(stream, 0, delta.numel())
     argsort = torch.argsort
     drawn = []
 
@@ -265,7 +273,7 @@ def test_della_needs_probabilities(density, epsilon):
         selection.della_mask(source, base, (5,), density, epsilon, 0)
 
 
-# --- SCE --------------------------------------------------------------------------------------------------------
+# --- SCE ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -311,7 +319,7 @@ def test_sce_counts_only_variances_that_are_not_zero():
 
 
 def test_sce_does_not_depend_on_threads(on_threads):
-    *sources, base = tensors(2 * kernels.CHUNK + 333, torch.bfloat16, count=4)
+    *sources, base = tensors(2 * chunks.CHUNK + 333, torch.bfloat16, count=4)
     (mask, weights), (again, same) = on_threads(lambda: selection.sce(sources, base, 0.25))
     assert mask is not None and again is not None
     assert torch.equal(mask, again) and weights == same and sum(weights) == pytest.approx(1)
@@ -327,7 +335,7 @@ def test_sce_of_equal_models_has_equal_weights():
     assert mask is not None and not mask.any() and weights == (1.0,)
 
 
-# --- what is refused, and where it runs --------------------------------------------------------------------------
+# --- what is refused, and where it runs ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -350,7 +358,7 @@ def test_deltas_that_are_no_numbers_are_refused(bad, dtype):
 
 def test_runs_in_inference_mode_on_threads(on_threads):
     """Worker threads do not inherit the mode; an inference tensor cannot be written outside of it."""
-    source, base = tensors(kernels.CHUNK + 5)
+    source, base = tensors(chunks.CHUNK + 5)
 
     def work():
         with torch.inference_mode():
