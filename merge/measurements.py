@@ -128,7 +128,9 @@ class Measurements:
     def _gram(self, base: Origin | None, sources: tuple[Origin, ...], load: Load) -> np.ndarray:
         key = base, sources
         if key not in self._grams:
-            self._grams[key] = spans.gram([load(s) for s in sources], None if base is None else load(base))
+            tensors = [load(s) for s in sources]
+            origin = None if base is None else load(base)
+            self._grams[key] = _told(sources[-1], lambda: spans.gram(tensors, origin))
         return self._grams[key]
 
     # --- sparse deltas ---
