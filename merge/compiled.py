@@ -64,10 +64,13 @@ class Work:
 
 def eager(work: Work) -> None:
     """The merge in tiles that stay in cache."""
-    size = chunks.STEP_CPU if work.out.device.type == "cpu" else chunks.STEP_GPU
-    for part in chunks.chunks(work.out.shape[0], max(1, size // work.out.shape[1])):
+    width = work.out.shape[1]
+
+    def merge(part: slice) -> None:
         tile = work.rows(part)
         tile.out.copy_(combine(tile.program, tile.base, tile.sources, tile.table).to(tile.rounded))
+
+    chunks.each(work.out.shape[0], merge, work.out.device, max(1, chunks.step(work.out.device) // width))
 
 
 @dataclass

@@ -22,12 +22,19 @@ class Keep(Protocol):
         """Bool mask of a flat chunk of the delta that begins at element `start`."""
         ...
 
+    def prepare(self) -> None:
+        """Make what takes memory of the tensor's size, before several threads ask for masks."""
+        ...
+
     def release(self) -> None:
-        """Give back memory of the tensor's size; `mask` makes it again if it must."""
+        """Give that memory back; `prepare` makes it again."""
         ...
 
 
 class _Small:
+    def prepare(self) -> None:
+        return None
+
     def release(self) -> None:
         return None
 
@@ -79,10 +86,13 @@ class KeepMask:
     whole: Tensor | None = field(default=None, repr=False)
 
     def mask(self, start: int, delta: Tensor) -> Tensor:
-        if self.whole is None:
-            self.whole = self.make()
+        self.prepare()
         assert self.whole is not None
         return self.whole[start : start + delta.numel()].to(delta.device)
+
+    def prepare(self) -> None:
+        if self.whole is None:
+            self.whole = self.make()
 
     def release(self) -> None:
         self.whole = None

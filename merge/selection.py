@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shoal.errors import CheckpointError, RecipeError
-from shoal.merge.chunks import LANES, STEP_GPU, chunks, tree_sum
+from shoal.merge.chunks import LANES, chunks, in_order, step, tree_sum
 from shoal.merge.masks import keep_top, uniform_bits
 
 Cut = tuple[float, int]  # magnitude, and the last index that is kept among its equals
@@ -27,9 +26,6 @@ NOTHING: Cut = (math.inf, -1)  # the cut that keeps no element
 _UPPER_BINS = 1 << 15
 _LOWER_BINS = 1 << 16
 _INFINITE = 0x7F80  # upper bits of infinity; those of NaN are not smaller
-# Elements per operation on a CPU: stays in cache, and torch runs so few on the calling thread. Its own
-# threads would meet after every operation, which on a busy machine takes longer than the operation.
-_PIECE = 1 << 15
 _UNIFORM = 1 << 24  # uniform_bits are in [0, 2^24)
 _EXACT_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -101,43 +97,21 @@ class _Values:
 
     def blocks(self, work: Callable[[slice], B]) -> Iterator[B]:
         """What `work` makes of each block of CHUNK elements, in order."""
-        return _in_order(work, list(chunks(self.numel)), self.device)
+        return in_order(work, list(chunks(self.numel)), self.device)
 
     def keys(self, block: slice) -> Iterator[tuple[int, Tensor]]:
         """(start, int32 keys) that order like the magnitudes."""
         return ((start, _keys(values)) for start, values in self.read(block))
 
 
-def _in_order(work: Callable[[A], B], jobs: Sequence[A], device: torch.device) -> Iterator[B]:
-    """The results in the order of the jobs; on a CPU, as many at once as torch has threads."""
-    inference = torch.is_inference_mode_enabled()
-
-    def one(job: A) -> B:
-        # both modes belong to the calling thread alone
-        with torch.inference_mode(inference), torch.no_grad():
-            return work(job)
-
-    workers = min(torch.get_num_threads() if device.type == "cpu" else 1, len(jobs))
-    if workers < 2:
-        yield from map(one, jobs)
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(one, jobs)
-
-
 def _pieces(block: slice, device: torch.device) -> Iterator[slice]:
-    parts = chunks(block.stop - block.start, _piece(device))
+    parts = chunks(block.stop - block.start, step(device))
     return (slice(block.start + part.start, block.start + part.stop) for part in parts)
-
-
-def _piece(device: torch.device) -> int:
-    """Elements per operation."""
-    return _PIECE if device.type == "cpu" else STEP_GPU
 
 
 def _buffers(block: slice, device: torch.device, dtypes: Iterable[torch.dtype]) -> list[Tensor]:
     """One buffer for a piece of the block for each dtype."""
-    size = min(block.stop - block.start, _piece(device))
+    size = min(block.stop - block.start, step(device))
     return [torch.empty(size, dtype=dtype, device=device) for dtype in dtypes]
 
 
@@ -299,8 +273,8 @@ def della_mask(
             drawn = bits.to(torch.float32) < flat[part.start - block.start : part.stop - block.start]
             mask[part] = drawn
 
-    height = max(1, _piece(device) // (width * depth))
-    for _ in _in_order(draw, list(chunks(rows, height)), device):
+    height = max(1, step(device) // (width * depth))
+    for _ in in_order(draw, list(chunks(rows, height)), device):
         pass
     return mask
 
@@ -323,7 +297,7 @@ def _by_rank(source: Tensor, base: Tensor, bounds: Tensor) -> Tensor:
     """(rows, width, depth) float32: to each element the bound of its rank along width."""
     rows, width, depth = source.shape
     found = torch.empty(source.shape, dtype=torch.float32, device=source.device)
-    for part in chunks(depth, max(1, _piece(source.device) // width)):
+    for part in chunks(depth, max(1, step(source.device) // width)):
         columns = found[:, :, part]
         delta = _subtract(source[:, :, part], base[:, :, part], torch.empty_like(columns))
         order = _order(_keys(delta.transpose(1, 2).reshape(-1, width)))
@@ -376,7 +350,7 @@ def sce(
         return [tree_sum(lanes) for lanes in sums]
 
     squares = [0.0] * len(sources)
-    for found in _in_order(select, list(chunks(base.numel())), base.device):
+    for found in in_order(select, list(chunks(base.numel())), base.device):
         squares = [a + b for a, b in zip(squares, found, strict=True)]
     return mask, _shares(squares, base.numel())
 

@@ -10,8 +10,7 @@ the function.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shoal.errors import CheckpointError, RecipeError
-from shoal.merge.chunks import CHUNK, LANES, chunks
+from shoal.merge.chunks import CHUNK, LANES, chunks, in_order
 
 Gram = npt.NDArray[np.float64]
 Coefficients = tuple[float, ...]
@@ -40,8 +39,8 @@ def gram(tensors: Sequence[Tensor], base: Tensor | None = None) -> Gram:
     count, length, device = len(tensors), tensors[0].numel(), tensors[0].device
     totals = np.zeros(count * (count + 1) // 2)
     if device.type == "cpu":
-        found: Iterator[Tensor] = _in_order(
-            lambda block: _halved(_lane_by_lane(tensors, base, block)), chunks(length)
+        found: Iterator[Tensor] = in_order(
+            lambda block: _halved(_lane_by_lane(tensors, base, block)), list(chunks(length)), device
         )
     else:
         found = (_halved(_at_once(tensors, base, some)) for some in chunks(length, _BLOCKS * CHUNK))
@@ -157,20 +156,6 @@ def model_stock(inner: Gram) -> Coefficients:
     denominator = 1.0 + (count - 1) * cosine
     t = 0.0 if abs(denominator) < 1e-6 else count * cosine / denominator
     return (t / count,) * count
-
-
-def _in_order(work: Callable[[slice], Tensor], blocks: Iterable[slice]) -> Iterator[Tensor]:
-    """The results in the order of the blocks, as many at once as torch has threads."""
-
-    def one(block: slice) -> Tensor:
-        with torch.no_grad():  # a setting of the calling thread alone
-            return work(block)
-
-    if torch.get_num_threads() < 2:
-        yield from map(one, blocks)
-    else:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            yield from pool.map(one, blocks)
 
 
 def _lane_by_lane(tensors: Sequence[Tensor], base: Tensor | None, block: slice) -> Tensor:

@@ -74,8 +74,12 @@ class Stock:
             out.copy_(source)
             return
         origin = self.load(base, entry.name)
-        for part in chunks.steps(source):
+        keep.prepare()
+
+        def work(part: slice) -> None:
             out[part] = keep_or_base(keep, part.start, source[part], origin[part])
+
+        chunks.each(source.numel(), work, self.device)
         keep.release()
 
     def _new(self, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,8 @@ def merge_tensor(
     program = program_of([terms])
     row = row_of(terms, program)
     keeps = terms.keeps or (None,) * len(sources)
-    for part in chunks.steps(out):
+
+    def work(part: slice) -> None:
         root = None if base is None else base[part]
         tiles = []
         for source, keep in zip(sources, keeps, strict=True):
@@ -32,3 +33,8 @@ def merge_tensor(
                 assert root is not None
                 tiles.append(keep_or_base(keep, part.start, source[part], root))
         out[part] = combine(program, root, tiles, row).to(dtype)
+
+    for keep in keeps:
+        if keep is not None:
+            keep.prepare()
+    chunks.each(out.numel(), work, out.device)
