@@ -1,18 +1,18 @@
-"""Safetensors files that are written in place: created at their full size, mapped, and filled tensor by tensor.
+"""Safetensors files that are written in place: created at their full size and filled piece by piece.
 
 The sizes of a merge are known before it begins. So a disk that is too small is an error at once, no tensor is ever
-held in anonymous memory, and the kernel writes finished parts to the disk while the next ones are computed.
+held whole in memory, and the kernel writes finished parts to the disk while the next ones are computed. (Plain writes:
+the page faults of a mapped file take several times as long on ext4.)
 """
 
 from __future__ import annotations
 
 import json
-import math
-import mmap
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,22 @@ def _shard(file: str, outputs: Sequence[Output]) -> Shard:
     return Shard(file, header, {n: len(header) + s for n, s in starts.items()}, len(header) + end)
 
 
+@dataclass(frozen=True)
+class Place:
+    """A tensor's place in an open file: the target that its pieces are written to."""
+
+    handle: int
+    offset: int  # bytes from the file's start
+    dtype: torch.dtype
+
+    def put(self, start: int, values: Tensor) -> None:
+        data = values.detach().cpu().to(self.dtype).contiguous().view(-1)
+        if data.numel():
+            _write(
+                self.handle, data.view(torch.uint8).numpy().data, self.offset + start * self.dtype.itemsize
+            )
+
+
 @dataclass
 class Files:
     """The shards of one model while they are filled. Make one with `create`."""
@@ -96,38 +112,19 @@ class Files:
     _handles: list[int]
     _places: Mapping[str, int]  # tensor -> its shard
     _syncer: ThreadPoolExecutor
-    _maps: dict[int, mmap.mmap] = field(default_factory=dict)
-    _buffers: dict[str, Tensor] = field(default_factory=dict)  # where the file system cannot map
     _left: list[int] = field(default_factory=list)  # tensors to come, by shard
     _syncs: list[Future[None]] = field(default_factory=list)
 
-    def into(self, output: Output) -> Tensor:
-        """The tensor to write `output` into: memory of the file itself."""
-        shape, dtype = output.shape, output.dtype
-        if output.nbytes == 0:
-            return torch.empty(shape, dtype=dtype)
+    def into(self, output: Output) -> Place:
+        """Where `output` is to be written."""
         number = self._places[output.name]
-        offset = self.shards[number].offsets[output.name]
-        try:
-            if number not in self._maps:
-                self._maps[number] = mmap.mmap(self._handles[number], self.shards[number].size)
-        except OSError:
-            self._buffers[output.name] = torch.empty(shape, dtype=dtype)
-            return self._buffers[output.name]
-        memory = self._maps[number]
-        _populate(memory, offset, output.nbytes)
-        return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+        return Place(self._handles[number], self.shards[number].offsets[output.name], output.dtype)
 
     def done(self, output: Output) -> None:
         """`output` is complete; when its file is, it goes to the disk while others are computed."""
         number = self._places[output.name]
-        shard = self.shards[number]
-        if output.name in self._buffers:
-            data = self._buffers.pop(output.name).view(-1).view(torch.uint8).numpy().data
-            _write(self._handles[number], data, shard.offsets[output.name])
         self._left[number] -= 1
         if self._left[number] == 0:
-            self._maps.pop(number, None)  # unmapped when the last tensor in it is gone
             self._syncs.append(self._syncer.submit(os.fsync, self._handles[number]))
 
     def finish(self) -> None:
@@ -179,7 +176,7 @@ _BINARY = getattr(os, "O_BINARY", 0)  # Windows
 
 
 def _reserve(handle: int, size: int) -> None:
-    """All blocks of the file now: writing to a mapped hole on a full disk would kill the process (SIGBUS)."""
+    """All blocks of the file now: a disk that is too small is found before hours of work."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
     else:
@@ -187,19 +184,15 @@ def _reserve(handle: int, size: int) -> None:
 
 
 def _write(handle: int, data: memoryview, offset: int) -> None:
-    os.lseek(handle, offset, os.SEEK_SET)
     data = data.cast("B")
     while data:
-        data = data[os.write(handle, data) :]
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(handle, data, offset)
+        else:  # Windows: the position is the file's, not the thread's
+            with _POSITION:
+                os.lseek(handle, offset, os.SEEK_SET)
+                written = os.write(handle, data)
+        data, offset = data[written:], offset + written
 
 
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python does not name
-
-
-def _populate(memory: mmap.mmap, offset: int, length: int) -> None:
-    """Map the pages in one go, which takes a third of the kernel's time of a fault for each."""
-    if not hasattr(memory, "madvise"):
-        return
-    start = offset - offset % mmap.PAGESIZE
-    with suppress(OSError, ValueError):  # an older kernel
-        memory.madvise(_POPULATE_WRITE, start, offset + length - start)
+_POSITION = threading.Lock()

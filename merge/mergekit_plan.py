@@ -31,6 +31,7 @@ from shoal.merge.adapter import Adapter, open_parent
 from shoal.merge.checkpoint import Checkpoint, Parent
 from shoal.merge.methods import METHODS, Method, is_native
 from shoal.merge.resident import Merger, Output
+from shoal.merge.tensors import Target
 from shoal.types import MergePlan, OutputGroup, Source
 
 MAX_BYTES = 16 << 20  # of a YAML
@@ -324,7 +325,7 @@ class Planned:
         ours = [o for plan in self.plans for o in self.merger.outputs(plan)]
         return (*ours, *(output for output, _ in self.tasks))
 
-    def fill(self, into: Callable[[Output], Tensor], seed: int = 0) -> Iterator[Output]:
+    def fill(self, into: Callable[[Output], Target], seed: int = 0) -> Iterator[Output]:
         """Write every tensor into what `into` gives; yields each when it is complete. seed: of mergekit's draws."""
         for plan in self.plans:
             yield from self.merger.fill(plan, into)
@@ -347,7 +348,7 @@ class Planned:
                     raise CheckpointError(
                         f"tensor {output.name!r}: expected shape {output.shape} of mergekit, found {found}"
                     )
-                into(output).copy_(value)
+                into(output).put(0, value.reshape(-1))
                 del value
                 yield output
 

@@ -21,7 +21,7 @@ from shoal.merge.methods import Resolved, check_plan, is_native, method
 from shoal.merge.runtime import convert_into, torch_dtype
 from shoal.merge.runtime_map import runtime_map
 from shoal.merge.stock import Stock, Stream
-from shoal.merge.tensors import merge_tensor
+from shoal.merge.tensors import InMemory, Target, merge_tensor
 from shoal.merge.terms import Program, Terms, program_of, row_of
 from shoal.types import MergePlan, OutputGroup, TensorGroup
 
@@ -120,7 +120,7 @@ class Merger:
                 target = self._map[name]
                 direct = target.is_contiguous() and target.device.type == "cpu"
                 out = target if direct else torch.empty(target.shape, dtype=target.dtype)
-                self._merge_one(plan, name, pieces[name], out, dtype)
+                self._merge_one(plan, name, pieces[name], InMemory(out), dtype)
                 if not direct:
                     target.copy_(out)
             for name, tensor in self._by_mergekit(plan, canonical):
@@ -134,9 +134,9 @@ class Merger:
         self._checked(plan)
         filled: dict[str, Tensor] = {}
 
-        def fresh(output: Output) -> Tensor:
+        def fresh(output: Output) -> Target:
             filled[output.name] = torch.empty(output.shape, dtype=output.dtype)
-            return filled[output.name]
+            return InMemory(filled[output.name])
 
         for output in self.fill(plan, fresh):
             yield output.name, filled.pop(output.name)
@@ -156,12 +156,12 @@ class Merger:
                 found.append(Output(name, shape, dtype if stored.is_floating_point else stored))
         return tuple(found)
 
-    def fill(self, plan: MergePlan, into: Callable[[Output], Tensor]) -> Iterator[Output]:
-        """The canonical merge, written into the CPU tensors that `into` gives (the output's shape and dtype, contiguous).
+    def fill(self, plan: MergePlan, into: Callable[[Output], Target]) -> Iterator[Output]:
+        """The canonical merge, written to the targets that `into` gives.
 
         Yields every output when it is complete, in the order of `outputs`. The plan need not make every tensor of the
         base, and may make others from its sources (layers from elsewhere). Works in chunks, and remembers nothing of
-        a tensor's size: the memory needed is that of `into`.
+        a tensor's size.
         """
         dtype = torch_dtype(plan.dtype)
         outputs = {o.name: o for o in self.outputs(plan)}
@@ -172,7 +172,7 @@ class Merger:
                 self._merge_one(plan, name, piece, into(outputs[name]), dtype)
             yield outputs[name]
         for name, tensor in self._by_mergekit(plan, canonical=True):
-            into(outputs[name]).copy_(tensor)
+            into(outputs[name]).put(0, tensor.reshape(-1))
             yield outputs[name]
 
     # --- the plan ---
@@ -239,17 +239,15 @@ class Merger:
 
     # --- one tensor at a time: the canonical way ---
 
-    def _merge_one(self, plan: MergePlan, name: str, piece: _Piece, out: Tensor, dtype: torch.dtype) -> None:
+    def _merge_one(self, plan: MergePlan, name: str, piece: _Piece, out: Target, dtype: torch.dtype) -> None:
         tensors = self._tensors(plan, name, piece, torch.device("cpu"))
         sources = [tensors.load(s) for s in tensors.sources]
         base = None if tensors.base is None else tensors.load(tensors.base)
-        if not out.dtype.is_floating_point:
-            out.view(-1).copy_(
-                sources[0] if base is None else base
-            )  # counters, masks: nothing to interpolate
+        if not sources[0].dtype.is_floating_point:  # counters, masks: nothing to interpolate
+            out.put(0, sources[0] if base is None else base)
             return
         terms = self._measured.terms(method(piece.group.operator).name, piece.parameters, tensors)
-        merge_tensor(terms, base, sources, out.view(-1), dtype)
+        merge_tensor(terms, base, sources, out, dtype)
         for keep in terms.keeps:
             if keep is not None:
                 keep.release()

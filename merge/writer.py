@@ -17,12 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from shoal.errors import CheckpointError, nearest
 from shoal.merge.checkpoint import INDEX, read_json
 from shoal.merge.disk import SHARD_BYTES, create
 from shoal.merge.resident import Output
+from shoal.merge.tensors import Target
 from shoal.types import MergePlan
 
 MERGEKIT_CONFIG = "mergekit_config.yml"
@@ -42,7 +41,7 @@ TOKENIZER_FILES = (
 )
 _TEMPLATE = "chat_template.jinja"
 
-Fill = Callable[[Callable[[Output], Tensor]], Iterable[Output]]
+Fill = Callable[[Callable[[Output], Target]], Iterable[Output]]
 # what is complete: tensors, all tensors, their bytes, all bytes
 Progress = Callable[[int, int, int, int], None]
 
@@ -52,7 +51,7 @@ class Merge(Protocol):
 
     def outputs(self, plan: MergePlan) -> tuple[Output, ...]: ...
 
-    def fill(self, plan: MergePlan, into: Callable[[Output], Tensor]) -> Iterator[Output]: ...
+    def fill(self, plan: MergePlan, into: Callable[[Output], Target]) -> Iterator[Output]: ...
 
 
 def write_model(
@@ -67,7 +66,7 @@ def write_model(
     parent_paths: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> None:
-    """Write the merge of `plan` by `merger` as a model folder; the tensors are made in the mapped files themselves.
+    """Write the merge of `plan` by `merger` as a model folder; in pieces, straight to the files.
 
     base_path: gives config.json and generation_config.json. tokenizer_path: its tokenizer files are copied as they
     are. chat_template: a Jinja text, one of mergekit's names (`chatml`, ...), `auto` (the commonest among
@@ -103,7 +102,7 @@ def write_shards(
 ) -> dict[str, Any] | None:
     """Let `fill` write `outputs` into safetensors files in `folder`; the index to write last, None for a single file.
 
-    fill(into) writes every output into the tensor that `into` gives and yields it when it is complete.
+    fill(into) writes every output to the target that `into` gives and yields it when it is complete.
     CheckpointError when it does not yield each of them once.
     """
     total = sum(o.nbytes for o in outputs)

@@ -7,7 +7,7 @@ import torch
 
 from shoal.merge import masks, method, resolved
 from shoal.merge.measurements import Measurements, Tensors
-from shoal.merge.tensors import merge_tensor
+from shoal.merge.tensors import InMemory, merge_tensor
 from shoal.types import OutputGroup, Source
 
 SEED = 11
@@ -67,7 +67,7 @@ def test_with_our_draws_mergekit_makes_our_tensor(operator, shape, shared, monke
     )
     terms = Measurements().terms(method(operator).name, resolved(group), ingredients)
     ours = torch.empty(shape)
-    merge_tensor(terms, base.reshape(-1), [s.reshape(-1) for s in sources], ours.view(-1), torch.float32)
+    merge_tensor(terms, base.reshape(-1), [s.reshape(-1) for s in sources], InMemory(ours), torch.float32)
 
     draws = [
         masks.uniform_bits(masks.mask_key(SEED, i + 1, NAME), 0, base.numel()).to(torch.float64) / 2**24
