@@ -30,6 +30,7 @@ from shoal.merge.mergekit_plan import (
 )
 from shoal.merge.mergekit_yaml import config_of
 from shoal.merge.methods import method
+from shoal.merge.readahead import folders_in, read_ahead
 from shoal.merge.resident import Output
 from shoal.merge.runtime import torch_dtype
 from shoal.merge.writer import (
@@ -168,6 +169,7 @@ def write_config(
     started = time.perf_counter()
     yaml_path, out_dir = Path(yaml_path), Path(out_dir)
     text, data = read_config(yaml_path)
+    read_ahead(list(dict.fromkeys(folders_in(data))))  # while mergekit is imported, which takes seconds
     with new_folder(out_dir) as folder, _quiet():
         planned = plan_config(data, str(yaml_path), seed)
         template = planned.config.chat_template
