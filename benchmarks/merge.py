@@ -1,6 +1,6 @@
 """How fast merges are: against the machine's copy bandwidth and against mergekit, in the same run.
 
-    python benchmarks/merge.py --json docs/benchmarks/merge.json [--shapes 135M,1B] [--no-disk] [--device cuda]
+    python benchmarks/merge.py --json FILE [--shapes 135M,1B] [--no-disk] [--device cuda]
 
 In memory: seconds per candidate (the merge of an evolution step into a resident bfloat16 model, compiled kernels
 warm) against the executor of mergekit, planned, with its tensors in memory, for the same configuration and arithmetic (float32, rounded
