@@ -42,10 +42,6 @@ class Layout:
     rows: int
     owner: np.ndarray = field(repr=False, compare=False)
 
-    @property
-    def numel(self) -> int:
-        return self.rows * self.block
-
     def view(self, flat: Tensor, entry: Entry) -> Tensor:
         """The entry's elements in a (rows, block) buffer, flat."""
         start = entry.row * self.block

@@ -57,7 +57,6 @@ class Measurements:
 
     _grams: dict[Any, np.ndarray] = field(default_factory=dict, repr=False)
     _histograms: dict[Any, selection.MagnitudeHistogram] = field(default_factory=dict, repr=False)
-    _cuts: dict[Any, Any] = field(default_factory=dict, repr=False)
     # for the latest parameters only: one entry per (output, source) and per output
     _keeps: dict[Any, Keep] = field(default_factory=dict, repr=False)
     _scales: dict[Any, tuple[Any, float]] = field(default_factory=dict, repr=False)
@@ -216,7 +215,8 @@ class Measurements:
             mask, weights = self._sce_mask(topk, tensors)
             keep = None
             if mask is not None:
-                keep = KeepMask(("sce", topk), lambda: self._sce_mask(topk, tensors)[0], mask)
+                key = ("sce", topk, tensors.sources)  # the selection is of all of them together
+                keep = KeepMask(key, lambda: self._sce_mask(topk, tensors)[0], mask)
             known = topk, (keep, tuple(weights))
             self._sce[place] = known
         keep, found = known[1]

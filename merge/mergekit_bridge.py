@@ -19,15 +19,9 @@ from shoal.errors import CheckpointError, RecipeError
 from shoal.merge.adapter import Adapter
 from shoal.merge.checkpoint import INDEX, Parent
 from shoal.merge.disk import SHARD_BYTES
-from shoal.merge.mergekit_plan import (
-    Loader,
-    Planned,
-    line_of,
-    plan_config,
-    read_config,
-    seeded,
-    with_references,
-)
+from shoal.merge.mergekit_file import line_of, read_config
+from shoal.merge.mergekit_models import Loader, with_references
+from shoal.merge.mergekit_plan import Planned, plan_config, seeded
 from shoal.merge.mergekit_yaml import config_of
 from shoal.merge.methods import method
 from shoal.merge.readahead import folders_in, read_ahead

@@ -18,283 +18,35 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors import safe_open
 from torch import Tensor
 
 from shoal.errors import CheckpointError, RecipeError, ShoalError, nearest
-from shoal.merge.adapter import Adapter, open_parent
-from shoal.merge.checkpoint import Checkpoint, Parent
+from shoal.merge.adapter import Adapter
+from shoal.merge.checkpoint import Parent
+from shoal.merge.mergekit_file import line_of
+from shoal.merge.mergekit_models import (
+    Loader,
+    Renamed,
+    local_reference,
+    open_reference,
+    references_in,
+    with_references,
+)
 from shoal.merge.methods import METHODS, Method, is_native
 from shoal.merge.resident import Merger, Output
 from shoal.merge.tensors import Target
 from shoal.types import MergePlan, OutputGroup, Source
 
-MAX_BYTES = 16 << 20  # of a YAML
-MAX_NODES = 1_000_000  # of a YAML, aliases written out
 MAX_LAYERS = 10_000  # of the merged model
-HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 # parameters that change nothing in the result: by method, and for all of them
 _NO_EFFECT = {"task_arithmetic": ("density", "rescale")}
 _WIDENS = ("arcee_fusion",)  # by a float32 mask, whatever it computes in
 _NEVER = ("int8_mask",)  # how much memory mergekit's masks take
-
-
-# --- the file --------------------------------------------------------------------------------------------------
-
-
-def read_config(path: Path) -> tuple[str, dict[str, Any]]:
-    """Text and content of a mergekit YAML with one merge; CheckpointError, in one line, for anything else."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise CheckpointError(
-                f"{path}: has {size} bytes, at most {MAX_BYTES} are read; is this a mergekit YAML?"
-            )
-        text = path.read_text(encoding="utf-8")
-        documents = [d for d in yaml.safe_load_all(text) if d is not None]
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{path}: no text in UTF-8 ({error.reason}); is this a mergekit YAML?"
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: no valid YAML: {line_of(error)}") from error
-    if len(documents) > 1:
-        raise CheckpointError(
-            f"{path}: holds {len(documents)} YAML documents, which is a file for mergekit-multi; "
-            "put every merge into a file of its own and make one after the other"
-        )
-    data = documents[0] if documents else None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a mapping with merge_method, found {_kind(data)}")
-    if odd := [key for key in data if not isinstance(key, str)]:
-        raise CheckpointError(f"{path}: expected names as keys, found {odd[0]!r}; is this a mergekit YAML?")
-    _expanded(data, path)
-    for key, what in _OTHERS.items():
-        if key in data and "merge_method" not in data:
-            raise CheckpointError(f"{path}: this is {what}")
-    return text, data
-
-
-_OTHERS = {
-    "experts": "a mixture of experts for mergekit-moe, not a merge of weights; make it with mergekit-moe",
-    "genome": "an evolution for mergekit-evolve; shoal searches by a recipe of its own (shoal evolve RECIPE)",
-    "space": "a recipe of shoal, which is searched and not merged; run it with shoal evolve",
-    "tasks": "a recipe of shoal, which is searched and not merged; run it with shoal evolve",
-    "layer_slices": "a file for mergekit-bakllama; write its layers as `slices:` with merge_method: passthrough",
-}
-
-
-def _kind(data: Any) -> str:
-    return "nothing" if data is None else f"a {type(data).__name__}"
-
-
-def _expanded(data: Any, path: Path) -> None:
-    """CheckpointError when the YAML's aliases unfold to too much, or into themselves."""
-    sizes: dict[int, int | None] = {}
-
-    def size(node: Any) -> int:
-        if not isinstance(node, dict | list):
-            return 1
-        known = sizes.get(id(node), 0)
-        if known is None:
-            raise CheckpointError(f"{path}: an alias in it contains itself")
-        if not known:
-            sizes[id(node)] = None
-            children = [*node, *node.values()] if isinstance(node, dict) else node
-            known = sizes[id(node)] = 1 + sum(size(c) for c in children)
-        return known
-
-    if size(data) > MAX_NODES:
-        raise CheckpointError(f"{path}: has more than {MAX_NODES} values; is this a mergekit YAML?")
-
-
-def line_of(error: BaseException) -> str:
-    """What an exception says, in one line; pydantic's without its urls and inputs."""
-    if hasattr(error, "errors"):
-        parts = [f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors()]
-        return "; ".join(dict.fromkeys(parts[:3])) + (" ..." if len(parts) > 3 else "")
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-# --- the models ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Complete:
-    """A checkpoint with the stored copies of tied weights, which Checkpoint leaves out and mergekit merges too.
-
-    copies: their names, and the files that hold them.
-    """
-
-    parent: Checkpoint
-    copies: Mapping[str, Path]
-
-    @property
-    def path(self) -> Path:
-        return self.parent.path
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.parent.config
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (*self.parent.names, *self.copies)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensor(name).shape) if name in self.copies else self.parent.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensor(name).dtype if name in self.copies else self.parent.dtype(name)
-
-    def tensor(self, name: str) -> Tensor:
-        if name not in self.copies:
-            return self.parent.tensor(name)
-        with safe_open(self.copies[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-
-@dataclass(frozen=True)
-class Renamed:
-    """A parent whose tensors have the names of the outputs that they go into.
-
-    stored: output name -> the parent's own name. So layers may come from anywhere, the base's too.
-    """
-
-    parent: Parent
-    stored: Mapping[str, str]
-
-    @property
-    def path(self) -> Path:
-        return self.parent.path
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.parent.config
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.stored)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.parent.shape(self.stored[name])
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.parent.dtype(self.stored[name])
-
-    def tensor(self, name: str) -> Tensor:
-        return self.parent.tensor(self.stored[name])
-
-
-@dataclass(frozen=True)
-class _Index:
-    tensor_paths: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Loader:
-    """What mergekit asks of a loader, answered by a Parent."""
-
-    parent: Parent
-    index: _Index
-
-    @staticmethod
-    def of(parent: Parent) -> Loader:
-        return Loader(parent, _Index({n: n for n in parent.names}))
-
-    def get_tensor(self, key: str, device: str = "cpu", aliases: Sequence[str] | None = None) -> Tensor:
-        # some methods write into what they get; the memory-mapped original must stay as it is
-        return self.parent.tensor(key).to(device, copy=True)
-
-    def flush(self) -> None:
-        return None
-
-
-def local_reference(reference: Any) -> Any:
-    """`reference` (mergekit's ModelReference) with folders instead of Hub ids: fetched, or found in the cache."""
-    model = _folder(reference, reference.model)
-    lora = None if reference.lora is None else _folder(reference, reference.lora)
-    return reference.model_copy(update={"model": model, "lora": lora})
-
-
-def _folder(reference: Any, part: Any) -> Any:
-    if Path(part.path).exists():
-        return part.model_copy(update={"revision": None})
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        found = huggingface_hub.snapshot_download(
-            part.path, revision=part.revision, allow_patterns=list(HUB_FILES)
-        )
-    except errors.HFValidationError:
-        raise CheckpointError(f"model {reference}: no such folder: {part.path}") from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"model {reference}: {part.path} is no folder here, and cannot be fetched from the Hub or its cache "
-            f"({reason})"
-        ) from None
-    return part.model_copy(update={"path": found, "revision": None})
-
-
-def _open(reference: Any) -> Parent:
-    """The parent behind a local reference, with everything that mergekit would find in its files."""
-    lora = None if reference.lora is None else Path(reference.lora.path)
-    parent = open_parent(Path(reference.model.path), lora)
-    if not isinstance(parent, Checkpoint):
-        return parent
-    kept = set(parent.names)
-    copies = {}
-    for file in parent.files():
-        with safe_open(file, framework="pt") as opened:
-            copies.update({n: file for n in opened.keys() if n not in kept})  # noqa: SIM118
-    return Complete(parent, copies) if copies else parent
-
-
-def references_in(value: Any) -> Iterator[Any]:
-    """All ModelReferences in a configuration, in the order in which they stand there."""
-    from mergekit.common import ModelReference
-    from pydantic import BaseModel
-
-    if isinstance(value, ModelReference):
-        yield value
-    elif isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from references_in(getattr(value, name))
-    elif isinstance(value, dict | list | tuple):
-        for child in value.values() if isinstance(value, dict) else value:
-            yield from references_in(child)
-
-
-def with_references(value: Any, replace: Callable[[Any], Any]) -> Any:
-    """A copy of a configuration with other ModelReferences."""
-    from mergekit.common import ModelReference
-    from pydantic import BaseModel
-
-    if isinstance(value, ModelReference):
-        return replace(value)
-    if isinstance(value, BaseModel):
-        fields = {n: with_references(getattr(value, n), replace) for n in type(value).model_fields}
-        return value.model_copy(update=fields)
-    if isinstance(value, dict):
-        return {k: with_references(v, replace) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(with_references(v, replace) for v in value)
-    return value
-
-
-# --- the plan --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -423,7 +175,9 @@ def _plan_config(data: Mapping[str, Any], where: str, seed: int) -> Planned:
     local = {reference: local_reference(reference) for reference in wanted}
     config = with_references(config, lambda reference: local[reference])
     # opening reads headers only
-    parents: dict[Any, Parent] = {ref: _open(ref) for ref in dict.fromkeys(config.referenced_models())}
+    parents: dict[Any, Parent] = {
+        ref: open_reference(ref) for ref in dict.fromkeys(config.referenced_models())
+    }
     loaders = {reference: Loader.of(parent) for reference, parent in parents.items()}
     options = MergeOptions(quiet=True)
 

@@ -200,6 +200,18 @@ def test_plans_of_several_methods_and_moved_layers_in_one_model(llamas, make_pla
     assert weights_sha256(model.named_parameters()) == weights_sha256(Merger(parents, groups).tensors(mixed))
 
 
+def test_a_selection_over_other_models_is_another_selection(llamas, make_plan):
+    parents, groups = opened(llamas)
+    model = load_runtime(llamas[0])
+    merger = Merger(parents, groups, model)
+    for sources in ([1, 2, 3], [1, 2], [1, 3]):
+        plan = planned("sce", make_plan, groups, sources=sources)
+        merger.materialize(plan)
+        assert weights_sha256(model.named_parameters()) == weights_sha256(
+            Merger(parents, groups).tensors(plan)
+        )
+
+
 def test_parents_of_other_dtypes(llamas, bf16_llamas, make_plan, tmp_path):
     from transformers import AutoModelForCausalLM
 
