@@ -21,6 +21,7 @@ from shoal.merge.checkpoint import INDEX, Parent
 from shoal.merge.disk import SHARD_BYTES
 from shoal.merge.mergekit_file import line_of, read_config
 from shoal.merge.mergekit_models import Loader, with_references
+from shoal.merge.mergekit_plain import Plain, plan_plain
 from shoal.merge.mergekit_plan import Planned, plan_config, seeded
 from shoal.merge.mergekit_yaml import config_of
 from shoal.merge.methods import method
@@ -155,8 +156,8 @@ def write_config(
 ) -> Written:
     """Make the model that a mergekit YAML describes, disk to disk, in bounded memory.
 
-    Tensors are made by our kernels where they can, the others by mergekit; configuration, tokenizer, model card and
-    mergekit_config.yml are what mergekit writes, generation_config.json and other tokenizer files of the donor come
+    A plain YAML (`mergekit_plain`) needs nothing of mergekit. Else it plans; tensors are made by our kernels where they
+    can, the others by mergekit; configuration, tokenizer, model card and mergekit_config.yml are what mergekit writes, generation_config.json and other tokenizer files of the donor come
     along. seed: of random masks. CheckpointError, in one line, for everything that is wrong; then `out_dir` is as
     it was.
     """
@@ -165,10 +166,11 @@ def write_config(
     text, data = read_config(yaml_path)
     read_ahead(list(dict.fromkeys(folders_in(data))))  # while mergekit is imported, which takes seconds
     with new_folder(out_dir) as folder, _quiet():
-        planned = plan_config(data, str(yaml_path), seed)
-        template = planned.config.chat_template
-        if template is not None:
-            chat_template_text(template, ())
+        planned: Plain | Planned | None = plan_plain(data, seed)
+        if planned is None:
+            planned = plan_config(data, str(yaml_path), seed)
+            if planned.config.chat_template is not None:
+                chat_template_text(planned.config.chat_template, ())
         outputs = planned.outputs()
         try:
             index = write_shards(
@@ -178,7 +180,10 @@ def write_config(
             raise CheckpointError(f"{yaml_path}: {error}") from error
         except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, KeyError) as error:
             raise CheckpointError(f"{yaml_path}: mergekit cannot merge it: {line_of(error)}") from error
-        notes = [*planned.notes, *_write_files(folder, planned, outputs, data, text, out_dir.name)]
+        if isinstance(planned, Plain):
+            notes = [*planned.notes, *planned.write_files(folder, text, out_dir.name)]
+        else:
+            notes = [*planned.notes, *_write_files(folder, planned, outputs, data, text, out_dir.name)]
         if index is not None:
             write_json(folder / INDEX, index)
     return Written(

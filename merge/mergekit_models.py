@@ -118,30 +118,41 @@ def local_reference(reference: Any) -> Any:
 
 
 def _folder(reference: Any, part: Any) -> Any:
-    if Path(part.path).exists():
-        return part.model_copy(update={"revision": None})
+    found = fetched(part.path, part.revision, str(reference))
+    return part.model_copy(update={"path": str(found), "revision": None})
+
+
+def fetched(path: str, revision: str | None, name: str) -> Path:
+    """The folder `path`, or that of the Hub's repository `path`, fetched or found in the cache. name: for errors."""
+    if Path(path).exists():
+        return Path(path)
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        found = huggingface_hub.snapshot_download(
-            part.path, revision=part.revision, allow_patterns=list(HUB_FILES)
+        return Path(
+            huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=list(HUB_FILES))
         )
     except errors.HFValidationError:
-        raise CheckpointError(f"model {reference}: no such folder: {part.path}") from None
+        raise CheckpointError(f"model {name}: no such folder: {path}") from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"model {reference}: {part.path} is no folder here, and cannot be fetched from the Hub or its cache "
+            f"model {name}: {path} is no folder here, and cannot be fetched from the Hub or its cache "
             f"({reason})"
         ) from None
-    return part.model_copy(update={"path": found, "revision": None})
 
 
 def open_reference(reference: Any) -> Parent:
     """The parent behind a local reference, with everything that mergekit would find in its files."""
-    lora = None if reference.lora is None else Path(reference.lora.path)
-    parent = open_parent(Path(reference.model.path), lora)
+    return open_folder(
+        Path(reference.model.path), None if reference.lora is None else Path(reference.lora.path)
+    )
+
+
+def open_folder(folder: Path, lora: Path | None = None) -> Parent:
+    """The model in a folder, stored copies of tied weights included, with a LoRA applied where there is one."""
+    parent = open_parent(folder, lora)
     if not isinstance(parent, Checkpoint):
         return parent
     kept = set(parent.names)

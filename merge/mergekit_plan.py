@@ -35,6 +35,7 @@ from shoal.merge.mergekit_models import (
     references_in,
     with_references,
 )
+from shoal.merge.mergekit_plain import NEVER, NO_EFFECT, RANDOM, arithmetic_notes
 from shoal.merge.methods import METHODS, Method, is_native
 from shoal.merge.resident import Merger, Output
 from shoal.merge.tensors import Target
@@ -42,11 +43,7 @@ from shoal.types import MergePlan, OutputGroup, Source
 
 MAX_LAYERS = 10_000  # of the merged model
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
-# parameters that change nothing in the result: by method, and for all of them
-_NO_EFFECT = {"task_arithmetic": ("density", "rescale")}
 _WIDENS = ("arcee_fusion",)  # by a float32 mask, whatever it computes in
-_NEVER = ("int8_mask",)  # how much memory mergekit's masks take
 
 
 @dataclass(frozen=True)
@@ -255,7 +252,7 @@ def _unknown(data: Mapping[str, Any], spec: Any) -> list[str]:
         if key not in known
     ]
     parameters = {p.name for p in spec.parameters}
-    everything = parameters | {p.name for m in METHODS.values() for p in m.parameters} | set(_NEVER)
+    everything = parameters | {p.name for m in METHODS.values() for p in m.parameters} | set(NEVER)
     everything |= {name for m in METHODS.values() for name in m.options}
     given = data.get("parameters")
     for key in given if isinstance(given, dict) else ():
@@ -452,7 +449,7 @@ class _Translation:
             self.stored[entry.model][weight.name] = entry.name
         self.groups.setdefault((base, str(final).removeprefix("torch.")), []).append(group)
         densities = [p.get("density", 1.0) for p in own]
-        self.drawn |= chosen.name in _RANDOM and any(0 < d < 1 for d in densities)
+        self.drawn |= chosen.name in RANDOM and any(0 < d < 1 for d in densities)
         self.rounded |= computed != torch.float32 and len(entries) > 1
         return None
 
@@ -461,7 +458,7 @@ class _Translation:
     ) -> tuple[dict[str, float | bool], list[dict[str, float]]]:
         """Parameters of the group and of each source; RecipeError with those that ours does not have."""
         specs = {p.name: p for p in chosen.parameters}
-        ignored = (*_NEVER, *_NO_EFFECT.get(chosen.name, ()))
+        ignored = (*NEVER, *NO_EFFECT.get(chosen.name, ()))
         shared: dict[str, float | bool] = {}
         own: list[dict[str, float]] = [{} for _ in sources]
 
@@ -499,13 +496,7 @@ class _Translation:
         return Merger(views, ()), plans
 
     def notes(self) -> list[str]:
-        notes = []
-        if self.drawn:
-            notes.append(
-                f"{self.spec.name} draws masks of its own (seed {self.seed}): another draw than mergekit's"
-            )
-        if self.rounded:
-            notes.append("computed in float32 and rounded once, where mergekit rounds every step")
+        notes = arithmetic_notes(self.spec.name, self.drawn, self.rounded, self.seed)
         if self.skipped:
             notes.append(
                 f"{len(self.skipped)} optional tensors are left out, as mergekit does: too few models have "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,7 @@ from shoal.merge import (
 )
 from shoal.merge.checkpoint import INDEX, SINGLE
 from shoal.merge.mergekit_bridge import write_config
+from shoal.merge.mergekit_plain import plan_plain
 from shoal.merge.runtime_map import _converted, _follow, _Made, _tiles, runtime_map
 from shoal.types import MergePlan
 
@@ -617,3 +620,85 @@ def test_an_architecture_unknown_to_mergekit(families, make_plan, tmp_path):
     with pytest.raises(CheckpointError, match="mergekit refuses it"):
         by_mergekit(plan, paths, tmp_path)
     assert_close(merged(plan, paths), formula(plan, parents))
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_a_plain_yaml_needs_no_mergekit(name, families, tmp_path, monkeypatch):
+    base, m1, m2 = families(name)
+    file = tmp_path / "plain.yml"
+    listed = [{"model": str(p), "parameters": {"weight": w}} for p, w in ((m1, 0.6), (m2, -0.2))]
+    file.write_text(
+        json.dumps(
+            {
+                "merge_method": "ties",
+                "base_model": str(base),
+                "models": [*listed, {"model": str(base)}],
+                "parameters": {"density": 0.4, "int8_mask": True},
+                "dtype": "float32",
+                "out_dtype": "bfloat16",
+            }
+        )
+    )
+    plain = plan_plain(json.loads(file.read_text()))
+    if name in MOE:
+        assert plain is None  # transformers fuses the experts
+        return
+    assert plain is not None
+    write_config(file, tmp_path / "plain")
+    ours = stored(tmp_path / "plain")
+    assert all(t.dtype == torch.bfloat16 for t in ours.values())
+    if name in REFUSED:
+        assert ours.keys() == set(Checkpoint.open(base).names)
+    else:
+        monkeypatch.setattr("shoal.merge.mergekit_bridge.plan_plain", lambda *_: None)
+        write_config(file, tmp_path / "planned")
+        theirs = stored(tmp_path / "planned")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+        configs = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("plain", "planned")]
+        assert configs[0] == configs[1]
+        files = [{p.name for p in (tmp_path / f).iterdir()} for f in ("plain", "planned")]
+        assert files[0] == files[1]
+
+
+def test_what_is_not_plain_is_left_to_mergekit(families, tmp_path):
+    base, m1, m2 = (str(p) for p in families("Llama"))
+    entry = {"model": m1, "parameters": {"weight": 0.5}}
+    plain = {"merge_method": "task_arithmetic", "base_model": base, "models": [entry]}
+    assert plan_plain(plain) is not None
+    for change in (
+        {"models": [{"model": m1, "parameters": {"weight": [0.1, 0.9]}}]},  # a gradient
+        {"models": [{"model": m1, "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}]},
+        {"models": [{"model": m1}]},  # no weight: mergekit's error
+        {"models": [entry, entry]},
+        {"models": [{"model": f"{m1}+{m2}", "parameters": {"weight": 0.5}}]},
+        {"models": [entry, {"model": str(families("GPT-2")[0]), "parameters": {"weight": 0.5}}]},
+        {"models": [{"model": str(tmp_path / "none" / "such" / "folder"), "parameters": {"weight": 0.5}}]},
+        {"parameters": {"lambda": float("nan")}},
+        {"parameters": {"weigth": 1.0}},
+        {"tokenizer_source": "union"},
+        {"chat_template": "chatml"},
+        {"dtype": "float64"},
+        {"base_model": None},
+        {"merge_method": "linear"},  # with a base
+        {"merge_method": "ram"},
+        {"slices": []},
+    ):
+        assert plan_plain({**plain, **change}) is None, change
+
+
+def test_the_command_line_merges_a_plain_yaml_without_importing_mergekit(families, tmp_path):
+    paths = families("GPT-NeoX")
+    file = tmp_path / "plain.yml"
+    models = [{"model": str(p), "parameters": {"weight": 0.5}} for p in paths]
+    file.write_text(json.dumps({"merge_method": "linear", "models": models}))
+    code = (
+        "import sys; from shoal.merge.mergekit_bridge import write_config; from pathlib import Path;"
+        f"write_config(Path({str(file)!r}), Path({str(tmp_path / 'out')!r}));"
+        "sys.exit(bool({'mergekit', 'transformers', 'peft'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    parents = [Checkpoint.open(p) for p in paths]
+    for name, tensor in stored(tmp_path / "out").items():
+        expected = sum(p.tensor(name).double() for p in parents) / 3
+        assert float((tensor - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
