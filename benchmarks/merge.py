@@ -386,7 +386,7 @@ def main() -> None:
                 if not arguments.no_memory:
                     rows += in_memory(shape, folder, methods, slow=1)
                 if large and not arguments.no_disk:
-                    rows += disk_to_disk(shape, folder, chosen or ["linear", "task_arithmetic", "ties"], 3)
+                    rows += disk_to_disk(shape, folder, chosen or ["linear", "task_arithmetic", "slerp"], 3)
         finally:
             if arguments.folder is None:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -14,6 +14,8 @@ from typing import Any
 
 from shoal.errors import EvaluationError
 from shoal.evals.catalogue import TaskSource
+from shoal.evals.finite import first_broken
+from shoal.evals.limits import out_of_memory
 from shoal.evals.objective import answer_objective, choice_objective, gold_options
 from shoal.evals.quiet import quiet_libraries
 from shoal.evals.requests import ItemRequests, fresh
@@ -62,7 +64,7 @@ class Scorer:
         for kind, requests in by_type.items():
             for request, response in zip(requests, self._run(kind, requests, events), strict=True):
                 request.resps.append(response)
-        return list(self._rows(work)), events
+        return list(self._rows(work)), [*events, *self.lm.told()]
 
     def _run(self, kind: str, requests: list[Any], events: list[str]) -> list[Any]:
         while True:
@@ -74,8 +76,8 @@ class Scorer:
                     raise
                 size = self.lm.shrink()
                 if not size:
-                    raise EvaluationError("out of memory at a batch of one item") from error
-                events.append(f"out of memory: batch halved to {size}")
+                    raise EvaluationError("out of memory at the smallest batch") from error
+                events.append(f"out of memory: batch halved to {size} ({self.lm.engine_words()})")
 
     def _rows(self, work: list[tuple[str, Role, int, list[Any], Any | None]]) -> Iterable[ItemScore]:
         together: dict[tuple[str, Role], list[Any]] = defaultdict(list)
@@ -91,6 +93,7 @@ class Scorer:
             if not all(math.isfinite(value) for value in logliks):
                 raise EvaluationError(
                     f"task {task!r}, item {item}: log-likelihood is not finite; the merge is broken"
+                    f" ({self._broken([*instances, gold])})"
                 )
             metrics = {}
             for ensemble in source.task._filters if instances else ():
@@ -99,6 +102,11 @@ class Scorer:
                     metrics[f"{name},{ensemble.name}"] = plain(value)
             objective, tokens = self._objective(source, doc, instances, gold, logliks)
             yield ItemScore(task, role, item, metrics, objective, logliks, tokens)
+
+    def _broken(self, instances: list[Any]) -> str:
+        """Where the numbers of this item first stop being finite."""
+        tokens = next(s.tokens for i in instances if i is not None for s in self.lm.sequences(i))
+        return f"first at {first_broken(self.lm.model, tokens)}"
 
     def _objective(
         self,
@@ -147,12 +155,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, bool):
         return float(value)
     return value if isinstance(value, str) or value is None else float(value)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def restored(value: Any) -> Any:

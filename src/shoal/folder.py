@@ -15,13 +15,14 @@ from shoal.recipe import Recipe, load_recipe
 
 
 class RunFolder:
-    """RUN/: recipe.yaml, lock.yaml, journal.sqlite, best/, result.json, plots; DONE is written last."""
+    """RUN/: recipe.yaml, lock.yaml, journal.sqlite, plan.safetensors, best/, result.json, plots; DONE is written last."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe = path / "recipe.yaml"
         self.lock = path / "lock.yaml"
         self.journal = path / "journal.sqlite"
+        self.plan = path / "plan.safetensors"
         self.best = path / "best"
         self.result = path / "result.json"
         self.done = path / "DONE"

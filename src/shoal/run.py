@@ -148,7 +148,7 @@ class _Run:
         self.weights = {task.task: task.weight for task in self.lock.tasks}
         started = time.perf_counter()
         if worker is None:
-            local = LocalWorker(self.recipe, self.lock, device, seen.say, *memory)
+            local = LocalWorker(self.recipe, self.lock, device, seen.say, *memory, folder.plan)
             for note in (*prepared.notes, *local.notes):
                 journal.event("note", text=note)
                 seen.say(f"note: {note}")

@@ -19,7 +19,7 @@ class LocalWorker:
     """One resident model in this process. Jobs are done one after the other, when polled for.
 
     device: `cpu`, `cuda`, `cuda:1`, ... or `auto`. memory: tier of the parents, or `auto`; memory_limit: bytes of
-    device memory to stay under. say: told what takes time.
+    device memory to stay under. say: told what takes time. plan: file of the requests' tokens, used again or written.
     """
 
     def __init__(
@@ -30,9 +30,11 @@ class LocalWorker:
         say: Callable[[str], None] = lambda text: None,
         memory: str = "auto",
         memory_limit: int | None = None,
+        plan: Path | None = None,
     ) -> None:
         import torch
 
+        from shoal.evals.plan import instances, prepare
         from shoal.evals.quiet import quiet_libraries
         from shoal.evals.resident import ResidentLM
         from shoal.evals.scorer import Scorer
@@ -68,7 +70,11 @@ class LocalWorker:
         with quiet_libraries():
             self._lm = ResidentLM(model, tokenizer, recipe.evaluation.batch_size, **arguments)
         say("building requests")
-        self._scorer = Scorer(self._lm, plan_tasks(lock, recipe.evaluation, self._lm))
+        tasks = plan_tasks(lock, recipe.evaluation, self._lm)
+        prepare(self._lm, tasks, plan)
+        self._lm.settle(list(instances(tasks)))
+        self.notes += tuple(self._lm.told())
+        self._scorer = Scorer(self._lm, tasks)
         self._jobs: list[Job] = []
 
     def submit(self, job: Job) -> str:
@@ -94,6 +100,7 @@ class LocalWorker:
         job = self._jobs.pop(0)
         start = time.perf_counter()
         try:
+            self._lm.forget()
             self._merger.materialize(job.plan, canonical=job.canonical)
             self._synchronize()
             merged = time.perf_counter()

@@ -20,9 +20,9 @@ from shoal.tokenizer import load_tokenizer
 TASKS = ("pico_choice", "pico_next", "pico_write")
 
 
-def resident(folder: Path, rows: int = 32) -> ResidentLM:
+def resident(folder: Path, rows: int = 32, **options: Any) -> ResidentLM:
     with quiet_libraries():
-        return ResidentLM(load_runtime(folder), load_tokenizer(folder), rows)
+        return ResidentLM(load_runtime(folder), load_tokenizer(folder), rows, **options)
 
 
 def planned(pico: Any, name: str, items: Sequence[int], shots: int = 0) -> PlannedTask:
@@ -99,22 +99,27 @@ def test_generation_without_generating_has_an_objective_and_no_metric(pico: Any)
     assert all(row.metrics == {} and row.objective is not None and 0 < row.objective < 1 for row in rows)
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(pico: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = resident(pico.model("left"), rows=32)
+@pytest.mark.parametrize("engine", ["tree", "plain"])
+def test_out_of_memory_halves_the_batch_and_goes_on(
+    engine: str, pico: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = resident(pico.model("left"), rows=32, engine=engine, max_tokens=256)
     tasks = {("pico_choice", "test"): planned(pico, "pico_choice", range(40))}
     scorer = Scorer(lm, tasks)  # type: ignore[arg-type]
     items = {("pico_choice", "test"): range(40)}
     expected, _ = scorer.score(items)  # type: ignore[arg-type]
-    forward = lm._last_logprobs
+    forward = lm.model.forward
 
-    def limited(rows: list[tuple[int, ...]], keep: int) -> Any:
-        if len(rows) > 8:
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        shape = kwargs["input_ids"].shape
+        if shape[0] > 8 or shape[1] > 64:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
-        return forward(rows, keep)
+        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(lm, "_last_logprobs", limited)
+    monkeypatch.setattr(lm.model, "forward", limited)
     rows, events = scorer.score(items)  # type: ignore[arg-type]
-    assert events == ["out of memory: batch halved to 16", "out of memory: batch halved to 8"]
+    halved = {"tree": ["128", "64"], "plain": ["16", "8"]}[engine]
+    assert [e.split(" (")[0] for e in events] == [f"out of memory: batch halved to {n}" for n in halved]
     assert [row.metrics for row in rows] == [row.metrics for row in expected]
 
 
@@ -125,7 +130,10 @@ def test_a_broken_model_is_an_error_that_names_the_item(pico: Any) -> None:
     with torch.no_grad():
         lm.model.model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
     tasks = {("pico_choice", "test"): planned(pico, "pico_choice", range(4))}
-    with pytest.raises(EvaluationError, match=r"task 'pico_choice', item 0: log-likelihood is not finite"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"task 'pico_choice', item 0: log-likelihood is not finite.*first at layer 1 \(mlp\.up_proj",
+    ):
         Scorer(lm, tasks).score({("pico_choice", "test"): range(4)})  # type: ignore[arg-type]
 
 

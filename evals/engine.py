@@ -1,0 +1,236 @@
+"""Log-likelihoods of token sequences by a resident model: over a token tree, or in plain padded batches.
+
+`TreeEngine` computes every shared token once (see `tree`, `attention`); `PlainEngine` pads rows on the left and works
+with any causal model; `choose` takes the tree only where it gives plain batching's numbers on sequences of the run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.evals.attention import Kept, Pass, attending
+from shoal.evals.tree import Scored, Statistics, layout
+
+BUDGET_CPU, BUDGET_GPU = 2048, 16384  # tokens of a forward pass
+LOGITS = 1 << 26  # float32 logits at once, elements
+LAYOUTS = 8  # layouts that are kept: one per set of items
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """Sum over the targets, nats, and whether each was the most likely token."""
+
+    value: float
+    greedy: bool
+
+
+class Engine(Protocol):
+    """Scores sequences; `shrink` halves its batches and says their size, or 0 when they cannot be smaller."""
+
+    def score(self, sequences: Sequence[Scored]) -> list[LogLikelihood]: ...
+
+    def shrink(self) -> int: ...
+
+    def words(self) -> str: ...
+
+
+def default_budget(device: torch.device) -> int:
+    return BUDGET_CPU if device.type == "cpu" else BUDGET_GPU
+
+
+def accepts_tree(model: Any) -> bool:
+    accepted = inspect.signature(model.forward).parameters
+    config = model.config
+    return (
+        {"logits_to_keep", "position_ids"} <= set(accepted)
+        and not getattr(config, "is_encoder_decoder", False)
+        and getattr(config, "_attn_implementation", None) is not None
+    )
+
+
+class TreeEngine:
+    """Over a token tree. budget: tokens of a forward pass."""
+
+    def __init__(self, model: Any, budget: int | None = None) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        self.budget = budget or default_budget(self.device)
+        self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        # keyed by the identity of the sequences, which are kept beside: planning again costs nothing
+        self._layouts: OrderedDict[tuple[int, ...], tuple[tuple[Scored, ...], list[Pass], Statistics]] = (
+            OrderedDict()
+        )
+
+    def words(self) -> str:
+        return f"token tree, {self.budget} tokens per pass"
+
+    def shrink(self) -> int:
+        self._layouts.clear()
+        if self.budget <= 32:
+            return 0
+        self.budget //= 2
+        return self.budget
+
+    def forget(self) -> None:
+        """Drop keys and values that a broken-off pass may have left; they are of old weights."""
+        for _, passes, _ in self._layouts.values():
+            for one in passes:
+                one.kept.clear()
+
+    def plan(self, sequences: Sequence[Scored]) -> Statistics:
+        """Lay `sequences` out, unless that is done; what it costs."""
+        return self._planned(tuple(sequences))[1]
+
+    def _planned(self, sequences: tuple[Scored, ...]) -> tuple[list[Pass], Statistics]:
+        key = tuple(map(id, sequences))
+        found = self._layouts.get(key)
+        if found is None:
+            laid = layout(sequences, self.budget, max(1, LOGITS // self.vocabulary))
+            passes = [Pass.of(b, self.dtype, self.device) for b in laid.batches]
+            kept: Kept = {}
+            for one in passes:
+                one.kept = kept
+            found = self._layouts[key] = (sequences, passes, laid.statistics)
+            while len(self._layouts) > LAYOUTS:
+                self._layouts.popitem(last=False)
+        self._layouts.move_to_end(key)
+        return found[1], found[2]
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Scored]) -> list[LogLikelihood]:
+        if not sequences:
+            return []
+        passes, _ = self._planned(tuple(sequences))
+        sums = np.zeros(len(sequences))
+        greedy = np.ones(len(sequences), dtype=bool)
+        try:
+            for one in passes:
+                picked, best = self._targets(one)
+                owner = one.batch.reads[2]
+                np.add.at(sums, owner, picked)
+                np.logical_and.at(greedy, owner, best)
+                for row in one.batch.drop:
+                    for layer_row in [k for k in one.kept if k[1] == row]:
+                        del one.kept[layer_row]
+        finally:
+            passes[0].kept.clear()
+        return [LogLikelihood(float(s), bool(g)) for s, g in zip(sums, greedy, strict=True)]
+
+    def _targets(self, one: Pass) -> tuple[Any, Any]:
+        """Log-probability of every target of a pass, and whether it is the most likely token."""
+        with attending(self.model, one):
+            logits = self.model(
+                input_ids=one.tokens,
+                position_ids=one.positions,
+                use_cache=False,
+                logits_to_keep=one.wanted,
+            ).logits[0]
+        index, token = one.reads[0], one.reads[1]
+        normal, top = normalisers(logits)
+        values = logits[index, token].float()
+        best = values >= top[index]
+        if bool(best.any()):  # several may be the largest; the first one counts
+            best[best.clone()] = logits[index[best]].argmax(dim=-1) == token[best]
+        return (values - normal[index]).double().cpu().numpy(), best.cpu().numpy()
+
+
+def normalisers(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row of `logits` [N, vocabulary]: log-sum-exp and maximum, in float32."""
+    if not len(logits):
+        return (logits.new_zeros(0, dtype=torch.float32),) * 2
+    # a few rows at a time stay in the cache between the passes
+    step = max(1, (1 << 20) // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    starts = range(0, len(logits), step)
+    sums = torch.cat([torch.logsumexp(logits[low : low + step].float(), dim=-1) for low in starts])
+    return sums, logits.amax(dim=-1).float()
+
+
+class PlainEngine:
+    """Rows padded on the left, logits at the last positions; rows that differ in targets only are computed once."""
+
+    def __init__(self, model: Any, rows: int) -> None:
+        self.model = model
+        self.rows = rows
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        accepted = inspect.signature(model.forward).parameters
+        self._sparse = "logits_to_keep" in accepted
+        self._positions = "position_ids" in accepted
+
+    def words(self) -> str:
+        return f"plain batches, {self.rows} rows per pass"
+
+    def shrink(self) -> int:
+        if self.rows <= 1:
+            return 0
+        self.rows //= 2
+        return self.rows
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Scored]) -> list[LogLikelihood]:
+        together: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, sequence in enumerate(sequences):
+            together[sequence.tokens].append(index)
+        ordered = sorted(together, key=lambda tokens: (-len(tokens), tokens))
+        results: list[LogLikelihood] = [LogLikelihood(0.0, False)] * len(sequences)
+        for start in range(0, len(ordered), self.rows):
+            batch = ordered[start : start + self.rows]
+            keep = max(len(sequences[i].targets) for tokens in batch for i in together[tokens])
+            logits = self._logits(batch, keep)
+            for row, tokens in enumerate(batch):
+                for index in together[tokens]:
+                    targets = torch.tensor(sequences[index].targets, device=logits.device)
+                    part = torch.log_softmax(logits[row, -len(targets) :].float(), dim=-1)
+                    picked = part.gather(1, targets.unsqueeze(1)).sum()
+                    results[index] = LogLikelihood(
+                        float(picked), bool((part.argmax(dim=-1) == targets).all())
+                    )
+        return results
+
+    @torch.inference_mode()
+    def gap(self, tokens: tuple[int, ...], following: int) -> float:
+        """By how much the logit of `following` after `tokens` falls short of the largest."""
+        logits = self._logits([tokens], 1)[0, -1].float()
+        return float(logits.max() - logits[following])
+
+    def _logits(self, rows: Sequence[tuple[int, ...]], keep: int) -> Tensor:
+        width = max(len(row) for row in rows)
+        ids = torch.zeros((len(rows), width), dtype=torch.long)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row)
+            mask[i, width - len(row) :] = 1
+        more: dict[str, Any] = {}
+        if self._positions:
+            more["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0).to(self.device)
+        if self._sparse:
+            more["logits_to_keep"] = min(keep, width)
+        if not bool(mask.all()):
+            more["attention_mask"] = mask.to(self.device)
+        logits: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False, **more).logits
+        return logits[:, -min(keep, width) :]
+
+
+def compare(tree: TreeEngine, plain: PlainEngine, sequences: Sequence[Scored]) -> str | None:
+    """Why the token tree must not be used, or None: on the longest sequences and on some that share their beginning."""
+    ranked = sorted(set(sequences), key=lambda s: (-len(s.tokens), s.tokens))
+    some = {*ranked[:2], *ranked[len(ranked) // 2 :][:3], *ranked[-1:]}
+    chosen = sorted(some, key=lambda s: (s.tokens, s.targets))
+    ours, theirs = tree.score(chosen), plain.score(chosen)
+    exact = tree.dtype in (torch.float32, torch.float64)
+    for sequence, one, other in zip(chosen, ours, theirs, strict=True):
+        # half precision rounds every layer: several tenths of a nat per token are seen between two batch sizes
+        count = len(sequence.targets)
+        allowed = max(1e-3, 1e-5 * abs(other.value)) if exact else 0.5 * count**0.5 + 0.05 * abs(other.value)
+        if not abs(one.value - other.value) <= allowed and other.value == other.value:
+            return f"it gives {one.value:.4f} where plain batches give {other.value:.4f}"
+    return None
