@@ -180,14 +180,15 @@ class Pass:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         """Rows to themselves, then links to trunks."""
         dtype = query.dtype
-        if query.device.type == "cpu":  # faster there than in bfloat16 without matrix units, and more exact
-            query, key, value = query.float(), key.float(), value.float()
         streams = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, heads, dim]
+        exact = query.device.type == "cpu"  # float32 is faster there than bfloat16 without matrix units
+        if exact and self.batch.links:
+            query, key, value = query.float(), key.float(), value.float()
         total, heads, _ = streams[0].shape
         outs, sums = [], []
         for number, part in enumerate(self.parts):
-            mask = self._own_mask(number, options.window, query.dtype)
-            q, k, v = (part.take(x) for x in streams)
+            mask = self._own_mask(number, options.window, torch.float32 if exact else dtype)
+            q, k, v = (part.take(x).float() if exact else part.take(x) for x in streams)
             out, lse = attention(q, k, v, mask, mask is None, options)
             outs.append(out.transpose(1, 2).reshape(part.rows * part.length, heads, -1))
             sums.append(lse.transpose(1, 2).reshape(part.rows * part.length, heads))
@@ -197,7 +198,8 @@ class Pass:
             whole = whole.index_select(0, self.back)
             weight = weight.index_select(0, self.back) if self.batch.links else weight
         for row, low, high in self.batch.keep:
-            self.kept[layer, row] = (key[:, :, low:high].clone(), value[:, :, low:high].clone())
+            pair = key[:, :, low:high], value[:, :, low:high]
+            self.kept[layer, row] = tuple(x.float() if exact else x.clone() for x in pair)
         for link in self.batch.links:
             if link.source is None:
                 keys, values = self.kept[layer, link.row]

@@ -6,8 +6,9 @@ of lm-eval's own doc ids.
 
 from __future__ import annotations
 
+import fnmatch
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import EvaluationError, RecipeError, nearest
+from shoal.evals.members import leaves
 from shoal.evals.quiet import quiet_libraries
 
 SPLIT_ROLES = ("test", "validation", "training")
@@ -37,25 +39,30 @@ class Catalogue:
     """The tasks that can be named: those under `include_path` first, then lm-eval's own.
 
     lm-eval's own index takes seconds to build (about 15,000 files), so it is built only for a name that the include
-    path does not have.
+    path does not have. metadata: what lm-eval hands to tasks that ask for it (its model arguments).
     """
 
-    def __init__(self, include_path: Path | None = None) -> None:
+    def __init__(self, include_path: Path | None = None, metadata: Mapping[str, Any] | None = None) -> None:
         if include_path is not None and not include_path.is_dir():
             raise RecipeError(f"evaluation.include_path: no such folder: {include_path}")
         self.include_path = include_path
+        self._metadata = dict(metadata or {})
 
     @cached_property
     def _own(self) -> Any:
         from lm_eval.tasks import TaskManager
 
-        return TaskManager(include_path=str(self.include_path), include_defaults=False)
+        return TaskManager(
+            include_path=str(self.include_path), include_defaults=False, metadata=self._metadata
+        )
 
     @cached_property
     def _all(self) -> Any:
         from lm_eval.tasks import TaskManager
 
-        return TaskManager(include_path=str(self.include_path) if self.include_path else None)
+        return TaskManager(
+            include_path=str(self.include_path) if self.include_path else None, metadata=self._metadata
+        )
 
     def load(self, name: str) -> TaskSource:
         """The task of this name, with its data set loaded.
@@ -64,36 +71,120 @@ class Catalogue:
             RecipeError: no such task, or a group or tag of tasks.
             EvaluationError: its data set cannot be loaded.
         """
-        manager = self._own if self.include_path and name in self._own.all_tasks else self._all
-        if name not in manager.all_tasks:
-            raise RecipeError(
-                f"task {name!r}: lm-eval knows no such task; {nearest(name, manager.all_tasks)}"
-            )
+        manager = self._manager(name)
         if name not in manager.all_subtasks:
+            names = [leaf.name for leaf in leaves(manager.task_index, name)]
+            listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise RecipeError(
-                f"task {name!r} is a group or tag of lm-eval; name the single tasks: {_members(manager, name)}"
+                f"task {name!r} is a group or tag of lm-eval; name a single task here: {listed or 'it has none'}"
             )
+        return TaskSource(name, self._loaded(manager, name)["tasks"][name])
+
+    def expand(self, names: Iterable[str]) -> list[str]:
+        """The single tasks that names of tasks, groups and tags (or patterns, `mmlu_*`) stand for, each once.
+
+        In lm-eval's order. Nothing is loaded.
+
+        Raises:
+            RecipeError: no such task; or a group that scores a task otherwise than the task's name says.
+        """
+        found: dict[str, None] = {}
+        for name in self._matching(names):
+            members = list(leaves(self._manager(name).task_index, name))
+            for leaf in members:
+                if leaf.changed or not leaf.found:
+                    what = (
+                        f"sets {', '.join(leaf.changed)} of"
+                        if leaf.found
+                        else "holds, without a name of its own,"
+                    )
+                    raise RecipeError(
+                        f"task {name!r}: this group of lm-eval {what} {leaf.name!r}; name single tasks instead, with"
+                        " these settings"
+                    )
+            if not members:
+                raise RecipeError(f"task {name!r}: this group of lm-eval has no tasks")
+            found |= dict.fromkeys(leaf.name for leaf in members)
+        return list(found)
+
+    def objects(self, names: Iterable[str]) -> list[Any]:
+        """lm-eval's own Task and Group objects of tasks, groups, tags and patterns, in this order, with their data.
+
+        Raises:
+            RecipeError: no such task.
+            EvaluationError: a data set cannot be loaded.
+        """
+        found: list[Any] = []
+        for name in self._matching(names):
+            loaded = self._loaded(self._manager(name), name)
+            group = loaded["groups"].get(name)
+            found += [group] if group is not None else list(loaded["tasks"].values())
+        return found
+
+    def manager(self, names: Iterable[str]) -> Any:
+        """lm-eval's TaskManager that knows all these names."""
+        managers = [self._manager(name) for name in self._matching(names)]
+        return next((m for m in managers if not self.include_path or m is not self._own), managers[0])
+
+    def _manager(self, name: str) -> Any:
+        # a group of one's own may have members among lm-eval's tasks
+        if self.include_path and all(
+            leaf.found or leaf.inline for leaf in leaves(self._own.task_index, name)
+        ):
+            return self._own
+        if name not in self._all.task_index:
+            raise RecipeError(
+                f"task {name!r}: lm-eval knows no such task; {nearest(name, self._all.all_tasks)}"
+            )
+        return self._all
+
+    def _matching(self, names: Iterable[str]) -> list[str]:
+        found: dict[str, None] = {}
+        for name in names:
+            if set(name) & set("*?["):
+                matches = sorted(fnmatch.filter(self._all.all_tasks, name))
+                if not matches:
+                    raise RecipeError(f"task {name!r}: lm-eval knows no task that matches")
+                found |= dict.fromkeys(matches)
+            else:
+                found[name] = None
+        return list(found)
+
+    def _loaded(self, manager: Any, name: str) -> Any:
+        """What `TaskManager.load` gives for one name.
+
+        Raises:
+            EvaluationError: a data set cannot be loaded; names it and the single task, also of a group.
+        """
         try:
             with quiet_libraries():
-                task = manager.load([name])["tasks"][name]
+                return manager.load([name])
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-            raise EvaluationError(
-                f"task {name!r}: its data set cannot be loaded ({reason}); check the network, or load it once while"
-                " online and set HF_HUB_OFFLINE=1, or name a local copy of the task by evaluation.include_path"
-            ) from error
-        return TaskSource(name, task)
+            index = manager.task_index
+            members = [leaf.name for leaf in leaves(index, name) if leaf.found and leaf.name != name]
+            # the Hub's message names the data set; elsewhere the member that fails by itself is the one
+            paths = {member: _data_set(index[member].cfg) for member in members}
+            named = [member for member, path in paths.items() if "/" in path and path in str(error)]
+            if not named:
+                for member in members:
+                    self._loaded(manager, member)
+            culprit = (named or [name])[0]
+            raise EvaluationError(_unavailable(culprit, index[culprit].cfg, error)) from error
 
 
-def _members(manager: Any, name: str) -> str:
-    entry = manager.task_index[name]
-    listed = sorted(getattr(entry, "tags", None) or [])
-    if not listed and getattr(entry, "cfg", None):
-        listed = [
-            item if isinstance(item, str) else str(item.get("task")) for item in entry.cfg.get("task", [])
-        ]
+def _data_set(config: Mapping[str, Any] | None) -> str:
+    path = (config or {}).get("dataset_path")
+    return path if isinstance(path, str) else ""
+
+
+def _unavailable(name: str, config: Mapping[str, Any] | None, error: Exception) -> str:
+    text = str(error).strip()
+    reason = f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+    path, part = _data_set(config), (config or {}).get("dataset_name")
+    data = f"its data set {path}{f' ({part})' if part else ''}" if path else "its data set"
     return (
-        ", ".join(listed[:8]) + (", ..." if len(listed) > 8 else "") if listed else "see `lm_eval ls tasks`"
+        f"task {name!r}: {data} cannot be loaded ({reason}); check the network, or load it once while online and set"
+        " HF_HUB_OFFLINE=1, or name a local copy of the task by an include path"
     )
 
 

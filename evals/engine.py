@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 
 from shoal.evals.attention import Kept, Pass, attending
+from shoal.evals.heap import keep_free_heap
 from shoal.evals.tree import Scored, Statistics, layout
 
-BUDGET_CPU, BUDGET_GPU = 2048, 16384  # tokens of a forward pass
+BUDGET_CPU, BUDGET_GPU = (
+    1280,
+    16384,
+)  # tokens of a forward pass; on a CPU its activations shall stay in the cache
 LOGITS = 1 << 26  # float32 logits at once, elements
 LAYOUTS = 8  # layouts that are kept: one per set of items
 
@@ -64,6 +68,8 @@ class TreeEngine:
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self.budget = budget or default_budget(self.device)
+        if self.device.type == "cpu":
+            keep_free_heap()
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
         # keyed by the identity of the sequences, which are kept beside: planning again costs nothing
         self._layouts: OrderedDict[tuple[int, ...], tuple[tuple[Scored, ...], list[Pass], Statistics]] = (
@@ -138,8 +144,10 @@ class TreeEngine:
         normal, top = normalisers(logits)
         values = logits[index, token].float()
         best = values >= top[index]
-        if bool(best.any()):  # several may be the largest; the first one counts
-            best[best.clone()] = logits[index[best]].argmax(dim=-1) == token[best]
+        # where several are the largest, the first one counts
+        tied = best & ((logits == top.to(logits.dtype)[:, None]).sum(dim=-1)[index] > 1)
+        if bool(tied.any()):
+            best[tied.clone()] = logits[index[tied]].argmax(dim=-1) == token[tied]
         return (values - normal[index]).double().cpu().numpy(), best.cpu().numpy()
 
 
@@ -149,9 +157,14 @@ def normalisers(logits: Tensor) -> tuple[Tensor, Tensor]:
         return (logits.new_zeros(0, dtype=torch.float32),) * 2
     # a few rows at a time stay in the cache between the passes
     step = max(1, (1 << 20) // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    starts = range(0, len(logits), step)
-    sums = torch.cat([torch.logsumexp(logits[low : low + step].float(), dim=-1) for low in starts])
-    return sums, logits.amax(dim=-1).float()
+    sums, tops = [], []
+    for low in range(0, len(logits), step):
+        part = logits[low : low + step].float()
+        top = part.amax(dim=-1)
+        # one fused kernel: the largest log-probability is the largest logit less the log-sum-exp
+        sums.append(top - torch.log_softmax(part, dim=-1).amax(dim=-1))
+        tops.append(top)
+    return torch.cat(sums), torch.cat(tops)
 
 
 class PlainEngine:

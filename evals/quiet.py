@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """lm-eval, datasets and transformers say errors only within this block."""
+    """lm-eval, datasets, transformers and the Hub's client say errors only within this block."""
     import datasets
     import lm_eval.api.task as task_module
     import transformers.utils.logging as transformers_logging
 
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     data_bars, load_bars = (
         datasets.are_progress_bars_disabled(),

@@ -19,7 +19,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from shoal.errors import EvaluationError
 from shoal.evals.attention import Unsupported
-from shoal.evals.engine import Engine, PlainEngine, TreeEngine, accepts_tree, compare
+from shoal.evals.engine import Engine, PlainEngine, TreeEngine, accepts_tree, compare, default_budget
 from shoal.evals.generation import Generator, Request, Sampling
 from shoal.evals.tree import Scored, Statistics
 from shoal.evals.updates import ModuleWeights
@@ -50,7 +50,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
     """As HFLM, with its arguments. pretrained: a name, a folder, or a model object.
 
     batch_size: rows of a plain batch, and sequences that generate at once; `auto` means 64. max_tokens: tokens of a
-    forward pass over a token tree (None: 2048 on a CPU, 16384 on a GPU). engine: `auto`, `tree` or `plain`.
+    forward pass over a token tree (None: 1280 on a CPU, 16384 on a GPU). engine: `auto`, `tree` or `plain`.
     """
 
     def __init__(
@@ -82,7 +82,12 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         self._checked = engine == "tree" or self._tree is None
         ends = [self.eot_token_id, *_listed(getattr(self.model.generation_config, "eos_token_id", None))]
         self._generator = (
-            Generator(self.model, [e for e in ends if e is not None], rows, max_tokens or 2048)
+            Generator(
+                self.model,
+                [e for e in ends if e is not None],
+                rows,
+                max_tokens or default_budget(self.device),
+            )
             if self._tree is not None
             else None
         )

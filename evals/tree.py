@@ -357,6 +357,11 @@ def _pack(
     )
     groups: list[list[int]] = []
     size = scored = 0
+    total = sum(len(r.tokens) for r in rows)
+    # passes of one size: a small one at the end would be slow for its tokens
+    budget = min(
+        budget, -(-total // max(1, -(-total // budget))) + max((len(r.tokens) for r in rows), default=0) // 2
+    )
     for row in range(len(rows)):
         length = len(rows[row].tokens)
         if not groups or size + length > budget or scored + needed[row] > logits:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,32 @@ def test_few_shot_examples_of_another_search_task_are_set_aside_too(pico: Any) -
 def test_more_items_than_there_are_is_an_error(pico: Any) -> None:
     with pytest.raises(RecipeError, match=r"test\.size is 500, split 'test' of 'pico_choice' has 120 items"):
         locked(pico, {"task": "pico_choice", "test": {"size": 500}})
+
+
+def test_a_group_stands_for_its_tasks_with_its_settings_and_its_weight(pico: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    shutil.copytree(pico.tasks, folder)
+    (folder / "both.yaml").write_text(json.dumps({"group": "both", "task": ["pico_next", "pico_choice"]}))
+
+    def lock(*tasks: dict[str, Any]) -> tuple[TaskLock, ...]:
+        return lock_tasks(recipe(pico, *(copy.deepcopy(task) for task in tasks)), Catalogue(folder))
+
+    settings: dict[str, Any] = {"metric": "acc", "num_fewshot": 1, "test": {"size": 50}}
+    grouped = lock({"task": "both", "weight": 3.0, **settings}, {"task": "pico_write"})
+    assert [(task.task, task.weight) for task in grouped] == [
+        ("pico_next", 1.5),
+        ("pico_choice", 1.5),
+        ("pico_write", 1.0),
+    ]
+    single = lock(
+        {"task": "pico_next", "weight": 1.5, **settings},
+        {"task": "pico_choice", "weight": 1.5, **settings},
+        {"task": "pico_write"},
+    )
+    assert grouped == single
+    with pytest.raises(RecipeError, match="task 'pico_choice' is named twice, here by 'both'"):
+        lock({"task": "pico_choice"}, {"task": "both"})
+    with pytest.raises(
+        RecipeError, match="task 'both' is a group or tag of lm-eval; name a single task here"
+    ):
+        lock({"task": "pico_write", "search": {"task": "both"}})

@@ -20,7 +20,7 @@ from shoal.lock import Lock, ModelLock, Seeds, new_lock
 from shoal.merge.methods import Method, method
 from shoal.models import ResolvedModel, check_files, open_parents, resolve_models, zoo_progress
 from shoal.recipe import Recipe, parse_model
-from shoal.roles import lock_tasks
+from shoal.roles import lock_tasks, single_tasks
 from shoal.search.optimizer import default_popsize, default_sigma0
 from shoal.search.plans import parent_plan, uniform_merge_plan
 from shoal.search.space import Space, make_space
@@ -344,7 +344,7 @@ def _tokenizer_index(recipe: Recipe, refs: Sequence[ModelRef]) -> int:
 
 
 def _check_metric_objective(recipe: Recipe, catalogue: Catalogue) -> None:
-    for spec in recipe.tasks:
+    for spec in single_tasks(recipe, catalogue):
         source = catalogue.load(spec.task)
         metric = source.metric(spec.metric)
         if source.aggregation(metric.key) is not None:

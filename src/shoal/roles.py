@@ -47,11 +47,35 @@ def lock_tasks(recipe: Recipe, catalogue: Catalogue) -> tuple[TaskLock, ...]:
             recipe does not allow by name.
         EvaluationError: a data set that cannot be loaded, or a role without items.
     """
-    tasks = [_lock_task(spec, catalogue) for spec in recipe.tasks]
+    tasks = [_lock_task(spec, catalogue) for spec in single_tasks(recipe, catalogue)]
     tested = {h for task in tasks for h in task.roles["test"].hashes}
     selected = {h for task in tasks for h in task.roles["select"].hashes}
     taken: Mapping[Role, set[str]] = {"search": tested | selected, "select": tested, "test": set()}
     return tuple(_without_taken(task, taken) for task in tasks)
+
+
+def single_tasks(recipe: Recipe, catalogue: Catalogue) -> tuple[TaskSpec, ...]:
+    """The recipe's tasks; a group or tag of lm-eval stands for its single tasks, with the same settings.
+
+    Its weight is divided equally among them.
+
+    Raises:
+        RecipeError: no such task, or a task that is named twice.
+    """
+    specs: dict[str, TaskSpec] = {}
+    for spec in recipe.tasks:
+        names = catalogue.expand([spec.task])
+        for name in names:
+            if name in specs:
+                raise RecipeError(
+                    f"task {name!r} is named twice, here by {spec.task!r}; name each task once, by itself or in a group"
+                )
+            specs[name] = (
+                spec
+                if names == [spec.task]
+                else spec.model_copy(update={"task": name, "weight": spec.weight / len(names)})
+            )
+    return tuple(specs.values())
 
 
 def _lock_task(spec: TaskSpec, catalogue: Catalogue) -> TaskLock:
