@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -49,10 +50,7 @@ ROWS = 32  # ours: most rows of a batch
 
 def ours(model: Any, tokenizer: Any, rows: int = ROWS) -> Any:
     with quiet_libraries():
-        try:
-            return ResidentLM(pretrained=model, tokenizer=tokenizer, batch_size=rows)
-        except TypeError:  # the class before it took hf's own arguments
-            return ResidentLM(model, tokenizer, rows)
+        return ResidentLM(pretrained=model, tokenizer=tokenizer, batch_size=rows)
 
 
 def peer(model: Any, tokenizer: Any, rows: int) -> Any:
@@ -273,20 +271,26 @@ def later_candidate(lm: Any, work: Work, times: int) -> Row:
     scorer.score(items)  # type: ignore[arg-type]
     found = []
     norm = next(p for p in reversed(list(lm.model.parameters())) if p.dim() == 1)
-    for _ in range(times):
+    before = norm.detach().clone()
+
+    def change() -> None:
+        """Other weights: nothing of the last candidate's numbers may be used."""
         with torch.no_grad():
-            norm.mul_(1.01)  # other weights: nothing of the last candidate's numbers may be used
+            norm.mul_(1.01)
+        lm.forget()
+
+    for _ in range(times):
+        change()
         start = time.perf_counter()
         scorer.score(items)  # type: ignore[arg-type]
         found.append(time.perf_counter() - start)
-    with torch.no_grad():
-        norm.mul_(1.01)
+    change()
     with forward_clock(lm.model) as inside:
         start = time.perf_counter()
         scorer.score(items)  # type: ignore[arg-type]
         watched = time.perf_counter() - start
     with torch.no_grad():
-        norm.div_(1.01 ** (times + 1))
+        norm.copy_(before)
     return {
         "candidate_s": min(found),
         "candidate_outside_forward_s": watched - sum(inside),
@@ -349,7 +353,8 @@ def measure(work: Work, models: dict[str, Any], tokenizer: Any, limits: Row, qui
         mine.append(seconds)
         seconds, answers["peer"][their_dtype] = ask(make_peer(their_dtype, their_rows), work)
         theirs.append(seconds)
-    statistics = lm.statistics() if hasattr(lm, "statistics") else None
+    # what our own plan says; None where it scores in plain batches
+    planned_by_us = lm.statistics(work.requests()) if kind != "generate_until" else None
     for side, make, rows in (("ours", make_ours, ROWS), ("peer", make_peer, their_rows)):
         if "float32" not in answers[side]:
             _, answers[side]["float32"] = ask(make("float32", rows), work)
@@ -391,7 +396,8 @@ def measure(work: Work, models: dict[str, Any], tokenizer: Any, limits: Row, qui
         **later,
         "peer_over_candidate": min(theirs) / later["candidate_s"],
         "float32": equality,
-        **({"statistics": statistics} if statistics is not None else {}),
+        "engine": lm.engine_words(),
+        "plan": None if planned_by_us is None else dataclasses.asdict(planned_by_us),
     }
 
 

@@ -198,8 +198,10 @@ class Pass:
             whole = whole.index_select(0, self.back)
             weight = weight.index_select(0, self.back) if self.batch.links else weight
         for row, low, high in self.batch.keep:
-            pair = key[:, :, low:high], value[:, :, low:high]
-            self.kept[layer, row] = tuple(x.float() if exact else x.clone() for x in pair)
+            mine, theirs = (x[:, :, low:high] for x in (key, value))
+            self.kept[layer, row] = (
+                (mine.float(), theirs.float()) if exact else (mine.clone(), theirs.clone())
+            )
         for link in self.batch.links:
             if link.source is None:
                 keys, values = self.kept[layer, link.row]

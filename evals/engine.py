@@ -36,6 +36,20 @@ class LogLikelihood:
     greedy: bool
 
 
+@dataclass
+class Work:
+    """What was computed so far: tokens through the layers, token pairs of attention, positions with logits."""
+
+    tokens: int = 0
+    pairs: int = 0
+    logits: int = 0
+
+    def add(self, tokens: int, pairs: int, logits: int) -> None:
+        self.tokens += tokens
+        self.pairs += pairs
+        self.logits += logits
+
+
 class Engine(Protocol):
     """Scores sequences; `shrink` halves its batches and says their size, or 0 when they cannot be smaller."""
 
@@ -63,8 +77,9 @@ def accepts_tree(model: Any) -> bool:
 class TreeEngine:
     """Over a token tree. budget: tokens of a forward pass."""
 
-    def __init__(self, model: Any, budget: int | None = None) -> None:
+    def __init__(self, model: Any, budget: int | None = None, work: Work | None = None) -> None:
         self.model = model
+        self.work = work or Work()
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self.budget = budget or default_budget(self.device)
@@ -115,7 +130,8 @@ class TreeEngine:
     def score(self, sequences: Sequence[Scored]) -> list[LogLikelihood]:
         if not sequences:
             return []
-        passes, _ = self._planned(tuple(sequences))
+        passes, costs = self._planned(tuple(sequences))
+        self.work.add(costs.planned, costs.pairs, costs.logits)
         sums = np.zeros(len(sequences))
         greedy = np.ones(len(sequences), dtype=bool)
         try:
@@ -141,43 +157,38 @@ class TreeEngine:
                 logits_to_keep=one.wanted,
             ).logits[0]
         index, token = one.reads[0], one.reads[1]
-        normal, top = normalisers(logits)
-        values = logits[index, token].float()
-        best = values >= top[index]
-        # where several are the largest, the first one counts
-        tied = best & ((logits == top.to(logits.dtype)[:, None]).sum(dim=-1)[index] > 1)
-        if bool(tied.any()):
-            best[tied.clone()] = logits[index[tied]].argmax(dim=-1) == token[tied]
-        return (values - normal[index]).double().cpu().numpy(), best.cpu().numpy()
+        normal, likeliest = normalisers(logits)
+        picked = logits[index, token].float() - normal[index]
+        return picked.double().cpu().numpy(), (likeliest[index] == token).cpu().numpy()
 
 
 def normalisers(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row of `logits` [N, vocabulary]: log-sum-exp and maximum, in float32."""
+    """Per row of `logits` [N, vocabulary]: log-sum-exp in float32, and the likeliest token (of equal ones the first)."""
     if not len(logits):
-        return (logits.new_zeros(0, dtype=torch.float32),) * 2
+        return logits.new_zeros(0, dtype=torch.float32), logits.new_zeros(0, dtype=torch.long)
     # a few rows at a time stay in the cache between the passes
     step = max(1, (1 << 20) // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    sums, tops = [], []
+    sums, likeliest = [], []
     for low in range(0, len(logits), step):
         part = logits[low : low + step].float()
-        top = part.amax(dim=-1)
+        top, first = part.max(dim=-1)
         # one fused kernel: the largest log-probability is the largest logit less the log-sum-exp
-        sums.append(top - torch.log_softmax(part, dim=-1).amax(dim=-1))
-        tops.append(top)
-    return torch.cat(sums), torch.cat(tops)
+        shares = torch.log_softmax(part, dim=-1)
+        sums.append(top - shares.gather(1, first[:, None])[:, 0])
+        likeliest.append(first)
+    return torch.cat(sums), torch.cat(likeliest)
 
 
 class PlainEngine:
-    """Rows padded on the left, logits at the last positions; rows that differ in targets only are computed once."""
+    """Rows padded on the right, which no causal model sees; rows that differ in targets only are computed once."""
 
-    def __init__(self, model: Any, rows: int) -> None:
+    def __init__(self, model: Any, rows: int, work: Work | None = None) -> None:
         self.model = model
+        self.work = work or Work()
         self.rows = rows
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
-        accepted = inspect.signature(model.forward).parameters
-        self._sparse = "logits_to_keep" in accepted
-        self._positions = "position_ids" in accepted
+        self._sparse = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def words(self) -> str:
         return f"plain batches, {self.rows} rows per pass"
@@ -197,12 +208,13 @@ class PlainEngine:
         results: list[LogLikelihood] = [LogLikelihood(0.0, False)] * len(sequences)
         for start in range(0, len(ordered), self.rows):
             batch = ordered[start : start + self.rows]
-            keep = max(len(sequences[i].targets) for tokens in batch for i in together[tokens])
-            logits = self._logits(batch, keep)
+            first = min(len(t) - len(sequences[i].targets) for t in batch for i in together[t])
+            logits = self._logits(batch, first)
             for row, tokens in enumerate(batch):
                 for index in together[tokens]:
                     targets = torch.tensor(sequences[index].targets, device=logits.device)
-                    part = torch.log_softmax(logits[row, -len(targets) :].float(), dim=-1)
+                    end = len(tokens) - first
+                    part = torch.log_softmax(logits[row, end - len(targets) : end].float(), dim=-1)
                     picked = part.gather(1, targets.unsqueeze(1)).sum()
                     results[index] = LogLikelihood(
                         float(picked), bool((part.argmax(dim=-1) == targets).all())
@@ -210,34 +222,30 @@ class PlainEngine:
         return results
 
     @torch.inference_mode()
-    def gap(self, tokens: tuple[int, ...], following: int) -> float:
-        """By how much the logit of `following` after `tokens` falls short of the largest."""
-        logits = self._logits([tokens], 1)[0, -1].float()
-        return float(logits.max() - logits[following])
+    def gaps(self, prompt: tuple[int, ...], made: Sequence[int]) -> list[float]:
+        """By how much the logit of each token of `made`, which follow `prompt`, falls short of the largest there."""
+        logits = self._logits([(*prompt, *made[:-1])], len(prompt) - 1)[0].float()
+        picked = logits.gather(1, torch.tensor(list(made), device=logits.device).unsqueeze(1))[:, 0]
+        return [float(x) for x in logits.amax(dim=-1) - picked]
 
-    def _logits(self, rows: Sequence[tuple[int, ...]], keep: int) -> Tensor:
+    def _logits(self, rows: Sequence[tuple[int, ...]], first: int) -> Tensor:
+        """Logits [rows, width - first, vocabulary] of the positions from `first` on."""
         width = max(len(row) for row in rows)
+        count = len(rows) * width
+        self.work.add(count, count * (width + 1) // 2, len(rows) * (width - first if self._sparse else width))
         ids = torch.zeros((len(rows), width), dtype=torch.long)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
         for i, row in enumerate(rows):
-            ids[i, width - len(row) :] = torch.tensor(row)
-            mask[i, width - len(row) :] = 1
-        more: dict[str, Any] = {}
-        if self._positions:
-            more["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0).to(self.device)
-        if self._sparse:
-            more["logits_to_keep"] = min(keep, width)
-        if not bool(mask.all()):
-            more["attention_mask"] = mask.to(self.device)
+            ids[i, : len(row)] = torch.tensor(row)
+        more = {"logits_to_keep": torch.arange(first, width, device=self.device)} if self._sparse else {}
         logits: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False, **more).logits
-        return logits[:, -min(keep, width) :]
+        return logits if self._sparse else logits[:, first:]
 
 
 def compare(tree: TreeEngine, plain: PlainEngine, sequences: Sequence[Scored]) -> str | None:
     """Why the token tree must not be used, or None: on the longest sequences and on some that share their beginning."""
-    ranked = sorted(set(sequences), key=lambda s: (-len(s.tokens), s.tokens))
-    some = {*ranked[:2], *ranked[len(ranked) // 2 :][:3], *ranked[-1:]}
-    chosen = sorted(some, key=lambda s: (s.tokens, s.targets))
+    ranked = sorted(set(sequences), key=lambda s: (s.tokens, s.targets))  # neighbours share most
+    middle = len(ranked) // 2
+    chosen = list(dict.fromkeys([*ranked[middle : middle + 2], max(ranked, key=lambda s: len(s.tokens))]))
     ours, theirs = tree.score(chosen), plain.score(chosen)
     exact = tree.dtype in (torch.float32, torch.float64)
     for sequence, one, other in zip(chosen, ours, theirs, strict=True):

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.evals.attention import Kept, Options, Pass, attending, attention, join
+from shoal.evals.attention import Kept, Options, Pass, Unsupported, attending, attention, join
+from shoal.evals.engine import Work
 from shoal.evals.tree import Prompts, prompts
 
 SLOTS = 32
@@ -195,8 +196,16 @@ class _Step:
 class Generator:
     """Generates by `model`. ends: token ids after which a sequence ends. slots: sequences at once."""
 
-    def __init__(self, model: Any, ends: Sequence[int], slots: int = SLOTS, budget: int = 2048) -> None:
+    def __init__(
+        self,
+        model: Any,
+        ends: Sequence[int],
+        slots: int = SLOTS,
+        budget: int = 2048,
+        work: Work | None = None,
+    ) -> None:
         self.model = model
+        self.work = work or Work()
         self.ends = frozenset(ends)
         self.slots = slots
         self.budget = budget
@@ -240,6 +249,8 @@ class Generator:
     def _count(self, requests: Sequence[Request], laid: Prompts) -> int:
         """Slots that fit: each has room for the longest row and what is generated after it."""
         config = self.model.config.get_text_config()
+        if not hasattr(config, "num_attention_heads"):
+            raise Unsupported(f"{type(self.model).__name__} has attention of its own")
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = 4 if self.device.type == "cpu" else self.dtype.itemsize
@@ -269,6 +280,8 @@ class Generator:
         for number, row in enumerate(wanted):
             low = int(starts[row])
             taps.append((first + number, low, low + len(laid.rows[row].tokens)))
+        count = len(batch.tokens)
+        self.work.add(count, int(batch.positions.sum()) + count, len(group))
         slots.reserve(max(high - low for _, low, high in taps) + 1)
         with attending(self.model, _Filling(one, slots, taps)):
             logits = self.model(
@@ -305,6 +318,7 @@ class Generator:
         lengths = torch.tensor([r.length for r in running], device=self.device)
         begins = torch.tensor([r.begin for r in running], device=self.device)
         positions = begins + lengths - 1
+        self.work.add(len(running), sum(r.begin + r.length for r in running), len(running))
         below: dict[int, list[int]] = {}
         for slot, one in enumerate(running):
             for trunk in one.trunks:

@@ -19,7 +19,15 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from shoal.errors import EvaluationError
 from shoal.evals.attention import Unsupported
-from shoal.evals.engine import Engine, PlainEngine, TreeEngine, accepts_tree, compare, default_budget
+from shoal.evals.engine import (
+    Engine,
+    PlainEngine,
+    TreeEngine,
+    Work,
+    accepts_tree,
+    compare,
+    default_budget,
+)
 from shoal.evals.generation import Generator, Request, Sampling
 from shoal.evals.tree import Scored, Statistics
 from shoal.evals.updates import ModuleWeights
@@ -73,10 +81,11 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         self._windows: dict[str, tuple[Scored, ...]] = {}
         self._prompts: dict[tuple[str, int], tuple[int, ...]] = {}
         self._cut: set[Any] = set()  # requests that were longer than the context, until that is said
-        self._plain = PlainEngine(self.model, rows) if self.backend == "causal" else None
+        self.work = Work()
+        self._plain = PlainEngine(self.model, rows, self.work) if self.backend == "causal" else None
         self._tree: TreeEngine | None = None
         if engine != "plain" and self._plain is not None and accepts_tree(self.model):
-            self._tree = TreeEngine(self.model, max_tokens)
+            self._tree = TreeEngine(self.model, max_tokens, self.work)
         elif engine == "tree":
             raise EvaluationError("engine: tree needs a causal model whose forward takes logits_to_keep")
         self._checked = engine == "tree" or self._tree is None
@@ -312,7 +321,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             number = numbers[prompt] = numbers.get(prompt, -1) + 1
             ours.append((index, Request(prompt, most, self._stopper(until), sampling, number), until))
         if ours and not self._generates:
-            self._check_generation(ours[0][1])
+            self._check_generation([request for _, request, _ in ours])
             if self._generator is None:
                 theirs = list(range(len(requests)))
                 ours = []
@@ -409,17 +418,19 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             think_end_token=thinking if isinstance(thinking, str) else None,
         )
 
-    def _check_generation(self, request: Request) -> None:
+    def _check_generation(self, requests: Sequence[Request]) -> None:
         """Once: are the first tokens that are generated those that plain batches find likeliest?"""
         assert self._generator is not None and self._plain is not None
         self._generates = True
-        short = Request(request.prompt, min(8, request.most), lambda tokens: False)
+        some = sorted({r.prompt for r in requests}, key=len)[:2]
+        most = min(4, *(r.most for r in requests))
+        reason = None
         try:
             with self._precision():
-                (made,) = self._generator.generate([short])
-                found = [self._plain.gap((*request.prompt, *made[:n]), made[n]) for n in range(len(made))]
-            wide = max(found) > (1e-3 if self._plain.dtype == torch.float32 else 0.5)
-            reason = "other tokens than by plain batches" if wide else None
+                made = self._generator.generate([Request(p, most, lambda tokens: False) for p in some])
+                gaps = [g for p, tokens in zip(some, made, strict=True) for g in self._plain.gaps(p, tokens)]
+            if max(gaps) > (1e-3 if self._plain.dtype == torch.float32 else 0.5):
+                reason = "other tokens than by plain batches"
         except Unsupported as error:
             reason = str(error)
         if reason is not None:

@@ -248,6 +248,7 @@ def _decide(root: _Node, subtrees: bool = True) -> None:
     subtrees: whether rows other than chains are wanted.
     """
     for node in _post_order(root):
+        _measure(node)  # tokens may have moved below it
         own, below = len(node.tokens), node.size - len(node.tokens)
         if not node.children:
             node.cost = own * own / 2

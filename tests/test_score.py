@@ -281,5 +281,6 @@ def test_an_adapter_on_its_base(pico: Any, tmp_path: Path) -> None:
 
 
 def test_words_of_speed() -> None:
-    assert Speed(12_000, 2.0).words() == "6,000 tokens/s"
-    assert Speed(12_000, 2.0, 0.25).words() == "6,000 tokens/s, 25% of this machine's limit"
+    assert Speed(12_000, 2.0).words() == "6,000 tokens/s asked for"
+    words = "6,000 tokens/s asked for, 1,500 computed (25% of the rate of this machine's matrix products)"
+    assert Speed(12_000, 2.0, 0.25, 3_000).words() == words

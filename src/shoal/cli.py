@@ -125,8 +125,12 @@ def validate(
     device: DeviceOption = "auto",
     memory: MemoryOption = "auto",
     memory_limit: LimitOption = None,
+    estimate: Annotated[
+        bool, typer.Option(help="Load the first model and score a little, to say what the run will take.")
+    ] = True,
 ) -> None:
-    """Check a recipe, and say what its run would do and what its test items can show."""
+    """Check a recipe, and say what its run would do, what it costs, and what its test items can show."""
+    from shoal.cost import estimate as estimate_cost
     from shoal.outlook import describe
     from shoal.preflight import prepare
     from shoal.recipe import load_recipe

@@ -32,17 +32,24 @@ class Speed:
     """How fast a model was scored.
 
     tokens: of all requests, each with its whole context, and of generated text: what was asked for, however it was
-    computed. seconds: within the model's calls, tokenising included. share: of what this machine can do, 0 to 1; None
-    where it was not measured.
+    computed. seconds: within the model's calls, tokenising included. share: arithmetic that was done, of what this
+    machine's matrix products would do in that time, 0 to 1; None where it was not counted. computed: tokens that went
+    through the model, which are fewer where requests share them.
     """
 
     tokens: int
     seconds: float
     share: float | None = None
+    computed: int = 0
 
     def words(self) -> str:
-        text = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
-        return text if self.share is None else f"{text}, {self.share:.0%} of this machine's limit"
+        text = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s asked for"
+        if self.share is None:
+            return text
+        return (
+            f"{text}, {self.computed / max(self.seconds, 1e-9):,.0f} computed ({self.share:.0%} of the rate of this"
+            " machine's matrix products)"
+        )
 
 
 @dataclass(frozen=True)
@@ -237,8 +244,17 @@ class _Stopwatch:
             setattr(lm, kind, functools.partial(self._timed, getattr(lm, kind), kind))
 
     def speed(self) -> Speed | None:
-        """None where nothing was scored. The share of the machine's limit is for whoever can measure it to fill in."""
-        return Speed(self.tokens, self.seconds) if self.seconds else None
+        """None where nothing was scored."""
+        if not self.seconds:
+            return None
+        from shoal.evals.machine import forward_flops, matmul_rate
+
+        work, model = self.lm.work, self.lm.model
+        share = None
+        if work.tokens:
+            flops = forward_flops(model, work.tokens, work.pairs / work.tokens, work.logits)
+            share = flops / self.seconds / matmul_rate(next(model.parameters()).dtype, self.lm.device)
+        return Speed(self.tokens, self.seconds, share, work.tokens)
 
     def _timed(self, run: Callable[..., list[Any]], kind: str, requests: list[Any], **_: Any) -> list[Any]:
         start = time.perf_counter()

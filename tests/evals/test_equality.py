@@ -146,10 +146,8 @@ def network(family: str, seed: int = 1) -> Any:
 
 
 def ours(model: Any, tokenizer: Any, rows: int = ROWS, **options: Any) -> Any:
-    try:
-        return ResidentLM(pretrained=model, tokenizer=tokenizer, batch_size=rows, **options)
-    except TypeError:  # the class before it took hf's own arguments
-        return ResidentLM(model, tokenizer, rows, **options)
+    # not `auto`, which may fall back to plain batches
+    return ResidentLM(pretrained=model, tokenizer=tokenizer, batch_size=rows, engine="tree", **options)
 
 
 def pair(family: str, model: Any = None, **options: Any) -> tuple[Any, Any]:
