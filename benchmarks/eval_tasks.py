@@ -391,7 +391,7 @@ CASES: dict[str, tuple[str, str, Make]] = {
     "d": ("bench_reasoning", "8 fixed shots, 64 tokens generated", reasoning),
     "e": ("bench_shot_choice", "5 fixed shots, four options of 3 tokens or more", shot_choice),
 }
-ITEMS = {"a": 24, "b": 100, "c": 300, "d": 16, "e": 32}
+ITEMS = {"a": 16, "b": 200, "c": 200, "d": 16, "e": 48}
 QUICK = {"a": 2, "b": 6, "c": 16, "d": 2, "e": 2}
 
 

@@ -448,16 +448,16 @@ def main() -> None:
             items = build_requests(source, source.eval_split, range(case.items), PromptSpec())
             rows.append(measure(Work(case, source, items), models, tokenizer, limits, arguments.quick))
             show(rows[-1])
-    result = {
-        "machine": about,
-        "model": what,
-        "data": "public question sets" if arguments.data is not None else "all questions generated",
-        "limits": limits,
-        "seconds": time.perf_counter() - started,
-        "rows": rows,
-    }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
+            result = {  # after every case: a run that is cut off has not been for nothing
+                "machine": about,
+                "model": what,
+                "data": "public question sets" if arguments.data is not None else "all questions generated",
+                "limits": limits,
+                "seconds": time.perf_counter() - started,
+                "rows": rows,
+            }
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

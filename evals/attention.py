@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +39,7 @@ _IGNORED = (
     "layer_idx",
 )
 _SCORES = 1 << 26  # elements of explicit scores at once
+SHORT = 64  # rows that are better attended in float32 on a CPU
 _BLOCK = 64  # queries of a block, where later keys are left out
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -181,16 +183,18 @@ class Pass:
         """Rows to themselves, then links to trunks."""
         dtype = query.dtype
         streams = [x[0].transpose(0, 1) for x in (query, key, value)]  # [T, heads, dim]
-        exact = query.device.type == "cpu"  # float32 is faster there than bfloat16 without matrix units
-        if exact and self.batch.links:
-            query, key, value = query.float(), key.float(), value.float()
+        cpu = query.device.type == "cpu"
         total, heads, _ = streams[0].shape
         outs, sums = [], []
         for number, part in enumerate(self.parts):
-            mask = self._own_mask(number, options.window, torch.float32 if exact else dtype)
-            q, k, v = (part.take(x).float() if exact else part.take(x) for x in streams)
+            mask = self._own_mask(number, options.window, torch.float32 if cpu else dtype)
+            q, k, v = (part.take(x) for x in streams)
+            if cpu and (
+                part.length <= SHORT or mask is not None
+            ):  # float32 is faster there for small products
+                q, k, v = q.float(), k.float(), v.float()
             out, lse = attention(q, k, v, mask, mask is None, options)
-            outs.append(out.transpose(1, 2).reshape(part.rows * part.length, heads, -1))
+            outs.append(out.transpose(1, 2).reshape(part.rows * part.length, heads, -1).to(dtype))
             sums.append(lse.transpose(1, 2).reshape(part.rows * part.length, heads))
         whole = outs[0] if len(outs) == 1 else torch.cat(outs)
         weight = sums[0] if len(sums) == 1 else torch.cat(sums)
@@ -198,10 +202,7 @@ class Pass:
             whole = whole.index_select(0, self.back)
             weight = weight.index_select(0, self.back) if self.batch.links else weight
         for row, low, high in self.batch.keep:
-            mine, theirs = (x[:, :, low:high] for x in (key, value))
-            self.kept[layer, row] = (
-                (mine.float(), theirs.float()) if exact else (mine.clone(), theirs.clone())
-            )
+            self.kept[layer, row] = (key[:, :, low:high].clone(), value[:, :, low:high].clone())
         for link in self.batch.links:
             if link.source is None:
                 keys, values = self.kept[layer, link.row]
@@ -211,7 +212,7 @@ class Pass:
             mask = self._link_mask(link, keys.shape[2], options.window, query.dtype)
             out, lse = attention(query[:, :, span], keys, values, mask, False, options)
             join(whole[span], weight[span], out[0].transpose(0, 1), lse[0].transpose(0, 1))
-        return whole.view(1, total, heads, -1).to(dtype)
+        return whole.view(1, total, heads, -1)
 
     def _own_mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """The part's mask, narrowed by a sliding window that reaches less far than its rows. None: causal."""
@@ -265,7 +266,7 @@ def join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """Join attention to other keys into `out` [T, heads, dim] and `lse` [T, heads], in place."""
     share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
     if out.dtype == torch.float32:
-        out.lerp_(other, share)
+        out.lerp_(other.float(), share)
     else:
         out.copy_(torch.lerp(out.float(), other.float(), share))
     torch.logaddexp(lse, other_lse, out=lse)
@@ -285,6 +286,12 @@ def attention(
     return _explicit(query, key, value, mask, causal, options)
 
 
+@lru_cache(maxsize=256)
+def _later(low: int, high: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask of queries low to high against keys up to high: no later key is seen."""
+    return torch.full((high - low, high), -math.inf, dtype=dtype).triu_(low + 1)[None, None]
+
+
 def _by_blocks(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -295,7 +302,7 @@ def _by_blocks(
     for number in range(count):
         low, high = number * length // count, (number + 1) * length // count
         if mask is None:
-            seen = torch.full((high - low, high), -math.inf, dtype=query.dtype).triu_(low + 1)[None, None]
+            seen = _later(low, high, query.dtype)
         else:
             seen = mask[:, :, low:high, :high]
         out, lse = _flash(

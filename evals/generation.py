@@ -149,8 +149,8 @@ class _Step:
         whole, weight = out[:, :, 0].contiguous(), lse[:, :, 0].contiguous()  # [count, heads, dim]
         for row, begin, below in self.trunks:
             trunk_keys, trunk_values = self.kept[layer, row]
-            asked = query if below is None else query.index_select(2, below)
-            seen = self._trunk_mask(row, begin, below, trunk_keys.shape[2], options.window, query.dtype)
+            asked = (query if below is None else query.index_select(2, below)).to(trunk_keys.dtype)
+            seen = self._trunk_mask(row, begin, below, trunk_keys.shape[2], options.window, asked.dtype)
             out, lse = attention(asked, trunk_keys, trunk_values, seen, False, options)
             other, other_lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
             if below is None:

@@ -18,6 +18,7 @@ from shoal.evals.finite import first_broken
 from shoal.evals.limits import out_of_memory
 from shoal.evals.objective import answer_objective, choice_objective, gold_options
 from shoal.evals.quiet import quiet_libraries
+from shoal.evals.remember import remember
 from shoal.evals.requests import ItemRequests, fresh
 from shoal.types import ItemIds, ItemScore, Role
 
@@ -36,6 +37,8 @@ class Scorer:
     def __init__(self, lm: Any, tasks: Mapping[tuple[str, Role], PlannedTask]) -> None:
         self.lm = lm
         self.tasks = tasks
+        for planned in tasks.values():
+            remember(planned.source.task)
 
     def score(self, items: ItemIds, generate: bool = True) -> tuple[list[ItemScore], list[str]]:
         """Rows in the order of `items`, and what disturbed the scoring (a batch that had to be halved).

@@ -154,3 +154,22 @@ def test_names_that_do_not_exist_are_refused_with_the_nearest(pico: Any) -> None
         source.docs("tset")
     with pytest.raises(RecipeError, match="no such folder"):
         Catalogue(pico.folder / "missing")
+
+
+def test_what_a_task_says_of_an_item_is_asked_once(pico: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval.utils
+
+    tasks = {("pico_choice", "test"): planned(pico, "pico_choice", range(20))}
+    scorer = Scorer(resident(pico.model("left")), tasks)  # type: ignore[arg-type]
+    items = {("pico_choice", "test"): range(20)}
+    expected = scorer.score(items)  # type: ignore[arg-type]
+
+    def refuse(*args: Any, **kwargs: Any) -> str:
+        raise AssertionError("a template is rendered again")
+
+    monkeypatch.setattr(lm_eval.utils, "apply_template", refuse)
+    assert scorer.score(items) == expected  # type: ignore[arg-type]
+    task = tasks["pico_choice", "test"].source.task
+    choices = task.doc_to_choice(tasks["pico_choice", "test"].requests[0].doc)
+    choices.clear()  # an answer that somebody changes is theirs alone
+    assert scorer.score(items) == expected  # type: ignore[arg-type]
