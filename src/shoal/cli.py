@@ -139,6 +139,8 @@ def validate(
     console = _console()
     prepared = prepare(load_recipe(recipe), recipe.parent, lambda text: None)
     rows = describe(prepared, resolve_device(device), memory, _bytes(memory_limit))
+    if estimate:
+        rows += estimate_cost(prepared, resolve_device(device)).rows()
     width = max(len(topic) for topic, _ in rows)
     for topic, sentence in rows:
         console.print(f"{topic:>{width}}  {sentence}", markup=False, highlight=False, soft_wrap=True)
