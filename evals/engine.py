@@ -241,11 +241,24 @@ class PlainEngine:
         return logits if self._sparse else logits[:, first:]
 
 
+def excerpt(tokens: tuple[int, ...], model: Any, least: int = 1) -> tuple[int, ...]:
+    """Beginning and end of a long sequence, for a check that costs little; whole where a sliding window would be missed.
+
+    least: how many tokens of the end are needed.
+    """
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    head, tail = 96, max(32, least)
+    if len(tokens) <= head + tail or (window is not None and window < len(tokens)):
+        return tokens
+    return tokens[:head] + tokens[-tail:]
+
+
 def compare(tree: TreeEngine, plain: PlainEngine, sequences: Sequence[Scored]) -> str | None:
     """Why the token tree must not be used, or None: on the longest sequences and on some that share their beginning."""
     ranked = sorted(set(sequences), key=lambda s: (s.tokens, s.targets))  # neighbours share most
     middle = len(ranked) // 2
-    chosen = list(dict.fromkeys([*ranked[middle : middle + 2], max(ranked, key=lambda s: len(s.tokens))]))
+    some = dict.fromkeys([*ranked[middle : middle + 2], max(ranked, key=lambda s: len(s.tokens))])
+    chosen = [Scored(excerpt(s.tokens, tree.model, len(s.targets)), s.targets) for s in some]
     ours, theirs = tree.score(chosen), plain.score(chosen)
     exact = tree.dtype in (torch.float32, torch.float64)
     for sequence, one, other in zip(chosen, ours, theirs, strict=True):

@@ -27,6 +27,7 @@ from shoal.evals.engine import (
     accepts_tree,
     compare,
     default_budget,
+    excerpt,
 )
 from shoal.evals.generation import Generator, Request, Sampling
 from shoal.evals.tree import Scored, Statistics
@@ -422,7 +423,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         """Once: are the first tokens that are generated those that plain batches find likeliest?"""
         assert self._generator is not None and self._plain is not None
         self._generates = True
-        some = sorted({r.prompt for r in requests}, key=len)[:2]
+        some = [excerpt(p, self.model) for p in sorted({r.prompt for r in requests}, key=len)[:2]]
         most = min(4, *(r.most for r in requests))
         reason = None
         try:
