@@ -89,10 +89,12 @@ class Pool:
 
 
 class Problem:
-    """Parents, tasks and items drawn from one seed. Weights are [P * L * 2], flat; base is 0, parent i is 1 at i."""
+    """Parents and tasks drawn from `number`, items from `seed`. Weights are [P * L * 2], flat; base is 0, parent i is 1
+    at its own.
+    """
 
-    def __init__(self, seed: int, sizes: dict[str, int]) -> None:
-        rng = np.random.default_rng([7, seed])
+    def __init__(self, number: int, seed: int, sizes: dict[str, int]) -> None:
+        rng = np.random.default_rng([7, number])
         z = (np.arange(LAYERS) + 0.5) / LAYERS
         waves = np.stack([np.cos(np.pi * k * z) for k in range(4)])
         shape = (PARENTS, LAYERS, len(TYPES))
@@ -127,8 +129,8 @@ class Problem:
             for _ in range(2)
         ]
         self.pools = {
-            (role, task): _pool(np.random.default_rng([8, seed, task, number]), size)
-            for number, (role, size) in enumerate(sorted(sizes.items()))
+            (role, task): _pool(np.random.default_rng([8, seed, task, place]), size)
+            for place, (role, size) in enumerate(sorted(sizes.items()))
             for task in range(TASKS)
         }
         parents = np.repeat(np.eye(PARENTS), LAYERS * len(TYPES), axis=1)
@@ -136,36 +138,35 @@ class Problem:
         self.anchors |= {name: row for name, row in zip(MODELS[1:], parents, strict=True)}
         self.anchors["uniform merge"] = parents.mean(axis=0)
 
-    def ability(self, task: int, weights: Floats, *, proxy: bool = False) -> float:
-        away = (weights - (self.proxy if proxy else self.best)[task]).reshape(PARENTS, LAYERS, len(TYPES))
+    def ability(self, task: int, weights: Floats, *, proxy: bool = False) -> Floats:
+        """[M] of M merges, weights [M, P * L * 2]: in units of the spread of item difficulties."""
+        away = (weights - (self.proxy if proxy else self.best)[task]).reshape(
+            -1, PARENTS, LAYERS * len(TYPES)
+        )
         interference, importance = self.form[task]
-        loss = float(np.einsum("plt,pq,qlt,lt->", away, interference, away, importance))
-        return float(self.top[task] - self.slope[task] * loss)
+        loss = ((interference @ away) * away).sum(axis=1) @ importance.ravel()
+        return np.asarray(self.top[task] - self.slope[task] * loss)
 
     def truth(self, weights: Floats) -> float:
-        """Expected accuracy over all possible items, mean over tasks, exact."""
+        """Expected accuracy of one merge over all possible items, mean over tasks, exact."""
         spread = np.sqrt(1 + OWN_DIRECTION**2)
-        return float(np.mean([ndtr(self.ability(t, weights) / spread) for t in range(TASKS)]))
+        return float(np.mean([ndtr(self.ability(t, weights[None])[0] / spread) for t in range(TASKS)]))
 
     def answers(
         self, role: str, task: int, items: NDArray[np.intp], weights: Floats
     ) -> tuple[Floats, Floats]:
-        """(0/1, smooth objective in [0, 1]) of each item; the same weights always answer alike."""
+        """(0/1, smooth objective in [0, 1]), both [M, items]; the same weights always answer alike."""
         pool = self.pools[role, task]
-        place = self.reduce @ weights
+        place = weights @ self.reduce.T
         directions = []
         for frequencies, phases in self.waves:
-            features = np.cos(frequencies @ place + phases)
-            directions.append(features / np.linalg.norm(features))
-        noise = pool.direction[items] @ directions[0]
-        margin = pool.discrimination[items] * (
-            self.ability(task, weights) - pool.difficulty[items] + OWN_DIRECTION * noise
-        )
-        felt = pool.discrimination[items] * (
-            self.ability(task, weights, proxy=True) - pool.difficulty[items] + OWN_DIRECTION * noise
-        )
-        smooth = expit(1.7 * felt + pool.offset[items] + 0.5 * pool.own[items] @ directions[1])
-        return (margin > 0).astype(np.float64), smooth
+            features = np.cos(place @ frequencies.T + phases)
+            directions.append(features / np.linalg.norm(features, axis=1, keepdims=True))
+        known = OWN_DIRECTION * directions[0] @ pool.direction[items].T - pool.difficulty[items]
+        right = self.ability(task, weights)[:, None] + known > 0
+        felt = pool.discrimination[items] * (self.ability(task, weights, proxy=True)[:, None] + known)
+        own = pool.offset[items] + 0.5 * directions[1] @ pool.own[items].T
+        return right.astype(np.float64), expit(1.7 * felt + own)
 
 
 def _pool(rng: np.random.Generator, size: int) -> Pool:

@@ -3,7 +3,7 @@
     python benchmarks/search.py --json FILE [--quick] [--family simulated|tiny] [--seeds N] [--first-seed S]
 
 Family `simulated` is the item model of item_model.py, family `tiny` real merges of the tiny zoo through `shoal evolve`.
-Compared at equal item-evaluations, with the same seeds (a seed is a new problem): ours; ours with each ingredient off;
+Compared at equal item-evaluations, with the same seeds: ours; ours with each ingredient off;
 random search; a grid over one common weight per parent; and mergekit-evolve's settings by configuration. Those are, from
 mergekit 0.1.5: one weight per parent and block of layers, from 1/(number of parents), CMA-ES with sigma0 = 1/6 in units
 of the weight and cma's default popsize, the first items of each task (`limit`), accuracy, and the best sample ever seen
@@ -15,10 +15,12 @@ settings of mergekit-evolve have no anchors, no select and no test, and pay for 
 `gain` is true: the exact expected score of the returned merge less that of the best parent or uniform merge, in points.
 `overstatement` is reported score less true score; reported is what each method reports: the test score of ours, random and
 grid, the search score of mergekit-evolve's. `cost to target`: item-evaluations until the merge that would be returned
-if the run stopped there (its select and test included) has the target gain for the first time; the target is the median
-true gain of mergekit-evolve's settings at full budget, and a seed that never gets there counts as the full budget.
+if the run stopped there (its select and test included) has the target gain for the first time; the target is, for each
+problem, the median true gain of mergekit-evolve's settings at full budget, and a seed that never gets there counts as
+the full budget. Four seeds share a simulated problem (parents and tasks; other items and another search), all seeds the
+tiny zoo. Intervals are over problems, and over seeds for the tiny zoo.
 
-Settings were chosen on seeds from 1000 on (simulated) and 100 on (tiny). Reported are seeds from 0 on.
+Settings were chosen on seeds from 4000 on (simulated) and 100 on (tiny). Reported are seeds from 0 on.
 """
 
 from __future__ import annotations
@@ -30,18 +32,19 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from item_model import TASKS, Problem, space_of, weights_matrix
 from numpy.typing import NDArray
+from scipy import stats
 
 from shoal.search.agreement import at_length, more_items, spearman
 from shoal.search.baselines import common_directions
-from shoal.search.fitness import Scores, best_anchor, paired_fitness, unit_scales
-from shoal.search.optimizer import Optimizer, Start, make_optimizer
+from shoal.search.optimizer import Start, make_optimizer
 from shoal.search.racing import rung_ends, survivors, told_values
 from shoal.search.weighting import Drawn, disagreement, draw_weighted, inclusion
 
@@ -50,9 +53,10 @@ Floats = NDArray[np.float64]
 FULL = (
     100_000  # item-evaluations: 500 candidates of mergekit-evolve's settings, 100 items on each of two tasks
 )
+FULL_TINY = 45_000  # the same: 150 candidates on 100 items of three tasks
+REPEATS = 4  # seeds per simulated problem: other items, another search
 SIZES = {"search": 300, "select": 150, "test": 300}  # items of each role, per task
-NAMES = [str(task) for task in range(TASKS)]
-WEIGHTS = dict.fromkeys(NAMES, 1.0)
+WEIGHTS = SCALES = dict.fromkeys(map(str, range(TASKS)), 1.0)
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,12 @@ class Setting:
 
     name: str
     shape: str = "curve"
-    options: Mapping[str, Any] = ()  # type: ignore[assignment]
+    options: Mapping[str, Any] = field(default_factory=dict)
     algorithm: str = "cma-es"
     sigma0: float | None = None
     popsize: int | None = None
     objective: str = "smooth"
-    items: int = 32
+    items: int = 64
     fresh: bool = True
     separate: bool = False
     weighted: bool = False
@@ -116,52 +120,56 @@ def settings() -> list[Setting]:
     ]
 
 
-@dataclass
-class _Meter:
-    """Scores of the simulated merges, and how many item-evaluations they cost."""
+def tiny_settings(few: bool) -> list[Setting]:
+    """The same for five layers and two parents: mergekit-evolve's granularity of one layer is 10 genes.
 
-    problem: Problem
-    objective: str
-    spent: int = 0
-
-    def score(self, role: str, weights: Floats, items: Mapping[str, Sequence[int]]) -> Scores:
-        found = {}
-        for task, ids in items.items():
-            right, smooth = self.problem.answers(role, int(task), np.array(ids, dtype=np.intp), weights)
-            self.spent += len(ids)
-            found[task] = dict(
-                zip(ids, (smooth if self.objective == "smooth" else right).tolist(), strict=True)
-            )
-        return found
-
-    def accuracy(self, role: str, weights: Floats) -> float:
-        """Mean over tasks on all items of a role; the caller counts the cost."""
-        sizes = [self.problem.pools[role, t].size for t in range(TASKS)]
-        return float(
-            np.mean(
-                [self.problem.answers(role, t, np.arange(n), weights)[0].mean() for t, n in enumerate(sizes)]
-            )
-        )
+    Not among them: separate items per candidate, which no recipe can say, and racing, whose ranks are not journalled.
+    """
+    names = {"ours", "random search", "uniform-weight grid"}
+    ablations = {
+        "ours, accuracy as objective",
+        "ours, first items for ever",
+        "ours, items where anchors disagree",
+        "ours, best sample instead of mean",
+        "ours, separable CMA-ES",
+        "ours, layers",
+    }
+    wanted = names if few else names | ablations
+    return [
+        *(s for s in settings() if s.name in wanted),
+        replace(MERGEKIT, shape="layers", options={"low": 0.0, "high": 2.0}),
+    ]
 
 
 def run_simulated(setting: Setting, seed: int, full: int) -> dict[str, Any]:
     """One run to the full budget; its true gain, reported score, and what it would have returned along the way."""
-    problem = Problem(seed, SIZES)
+    problem = Problem(seed // REPEATS, seed, SIZES)
     space = space_of(setting.shape, **dict(setting.options))
     matrix = weights_matrix(space)
-    meter = _Meter(problem, setting.objective)
-    pools = {task: range(SIZES["search"]) for task in NAMES}
     truths = {name: problem.truth(w) for name, w in problem.anchors.items()}
     best_truth = max(truths.values())
-    select = {name: meter.accuracy("select", w) for name, w in problem.anchors.items()}
-    contenders = len(problem.anchors)
-    tail = 0  # what a run that stops now still has to pay: finalists on select, then winner and baselines on test
-    anchors: dict[str, Scores] = {}
+    everything = np.array(list(problem.anchors.values()))
+    spent, tail = 0, 0
+    reference = [np.zeros(SIZES["search"])] * TASKS
+    weighing: list[dict[int, float] | None] = [None] * TASKS
     if setting.claim:
-        anchors = {name: meter.score("search", w, pools) for name, w in problem.anchors.items()}
-        tail = TASKS * ((contenders + 2) * SIZES["select"] + (contenders + 1) * SIZES["test"])
-    scales = unit_scales(anchors or {"": dict.fromkeys(NAMES)})  # type: ignore[dict-item]
-    anchor = anchors[best_anchor(anchors, WEIGHTS, scales)] if anchors else _zero(pools)
+        anchors = [
+            _scores(problem, setting, task, np.arange(SIZES["search"]), everything) for task in range(TASKS)
+        ]
+        best = int(np.argmax(np.mean([a.mean(axis=1) for a in anchors], axis=0)))
+        reference = [a[best] for a in anchors]
+        if setting.weighted:
+            scores = {
+                n: {str(t): dict(enumerate(a[k].tolist())) for t, a in enumerate(anchors)}
+                for k, n in enumerate(truths)
+            }
+            weighing = [disagreement(scores, str(task)) for task in range(TASKS)]
+        spent = TASKS * len(truths) * SIZES["search"]
+        # what a run that stops still has to pay: finalists on select, winner and baselines on test, winner on search
+        tail = TASKS * (
+            (len(truths) + 2) * SIZES["select"] + (len(truths) + 1) * SIZES["test"] + SIZES["search"]
+        )
+    selected = dict(zip(truths, _accuracy(problem, "select", everything), strict=True))
     optimizer = make_optimizer(
         setting.algorithm,
         Start(
@@ -170,125 +178,335 @@ def run_simulated(setting: Setting, seed: int, full: int) -> dict[str, Any]:
             directions=common_directions(space) if setting.algorithm == "grid" else (),
         ),
     )  # fmt: skip
-    weighing = {t: disagreement(anchors, t) if setting.weighted else None for t in NAMES}
     items, halves = setting.items, list[float]()
-    best: tuple[float, Floats] = (-math.inf, space.x0)
+    best_sample: tuple[float, Floats] = (-math.inf, space.x0)
     path: list[tuple[int, float]] = []
     name, chosen = "", problem.anchors["uniform merge"]
-    while True:
+    while spent + tail + optimizer.popsize * TASKS * items <= full:
+        number = optimizer.generation if setting.fresh else 0
+        drawn = [_draw(items, seed, number, str(t), weighing[t]) for t in range(TASKS)]
         genomes = optimizer.ask()
-        drawn = {
-            t: draw_weighted(
-                inclusion(pools[t], items, weighing[t]), seed, optimizer.generation if setting.fresh else 0, t
+        merges = genomes @ matrix.T
+        if setting.separate:
+            fitness, cost, half = (
+                _separate(problem, setting, merges, items, seed, number, reference),
+                merges.shape[0] * TASKS * items,
+                math.nan,
             )
-            for t in NAMES
-        }
-        if meter.spent + tail + optimizer.popsize * TASKS * items > full:
-            break
-        fitness, half = _generation(setting, meter, matrix, genomes, drawn, anchor, scales, optimizer)
+        else:
+            fitness, cost, half = _generation(problem, setting, merges, drawn, reference)
+        spent += cost
         optimizer.tell(genomes, fitness)
         if setting.more_items:
             halves.append(half)
             grown = more_items(halves, items, SIZES["search"])
             items, halves = grown, halves if grown == items else []
         top = int(np.argmax(fitness))
-        if fitness[top] > best[0]:
-            best = (float(fitness[top]), genomes[top])
+        if fitness[top] > best_sample[0]:
+            best_sample = (float(fitness[top]), genomes[top])
         if setting.claim:
-            finalists = {"best": matrix @ best[1]}
+            finalists = {"best": matrix @ best_sample[1]}
             if setting.return_mean:
                 finalists = {"mean": matrix @ optimizer.mean, **finalists}
-            scored = {n: meter.accuracy("select", w) for n, w in finalists.items()} | select
+            found = _accuracy(problem, "select", np.array(list(finalists.values())))
+            scored = dict(zip(finalists, found, strict=True)) | selected
             name = max(scored, key=lambda n: scored[n])
             chosen = (finalists | problem.anchors)[name]
         else:
-            name, chosen = "best", matrix @ best[1]
-        path.append((meter.spent + tail, problem.truth(chosen) - best_truth))
-    reported = meter.accuracy("test", chosen) if setting.claim else best[0]
+            name, chosen = "best", matrix @ best_sample[1]
+        path.append((spent + tail, problem.truth(chosen) - best_truth))
     truth = problem.truth(chosen)
+    tested, searched = (_accuracy(problem, role, chosen[None])[0] for role in ("test", "search"))
     return {
         "setting": setting.name,
         "seed": seed,
+        "problem": seed // REPEATS,
         "gain": 100 * (truth - best_truth),
         "gain_of_mean": 100 * (problem.truth(matrix @ optimizer.mean) - best_truth),
-        "overstatement": 100 * (reported - truth),
-        "search_overstatement": 100 * (meter.accuracy("search", chosen) - truth),
+        "overstatement": 100 * ((tested if setting.claim else best_sample[0]) - truth),
+        "search_overstatement": 100 * ((searched if setting.claim else best_sample[0]) - truth),
         "returned": name,
         "generations": optimizer.generation,
-        "item_evaluations": meter.spent + tail,
-        "path": [(cost, 100 * gain) for cost, gain in path],
+        "item_evaluations": spent + tail,
+        "path": [(cost, round(100 * gain, 4)) for cost, gain in path],
     }
 
 
-def _zero(pools: Mapping[str, Sequence[int]]) -> Scores:
-    return {task: dict.fromkeys(pool, 0.0) for task, pool in pools.items()}
+def _scores(problem: Problem, setting: Setting, task: int, items: Any, merges: Floats) -> Floats:
+    right, smooth = problem.answers("search", task, np.asarray(items, dtype=np.intp), merges)
+    return smooth if setting.objective == "smooth" else right
+
+
+def _accuracy(problem: Problem, role: str, merges: Floats) -> list[float]:
+    """Mean over tasks on all items of a role; the caller counts the cost."""
+    found = [problem.answers(role, t, np.arange(SIZES[role]), merges)[0].mean(axis=1) for t in range(TASKS)]
+    return [float(x) for x in np.mean(found, axis=0)]
+
+
+@lru_cache(maxsize=20_000)
+def _uniform_draw(items: int, seed: int, number: int, task: str) -> Drawn:
+    return draw_weighted(inclusion(range(SIZES["search"]), items, None), seed, number, task)
+
+
+def _draw(items: int, seed: int, number: int, task: str, weighing: Mapping[int, float] | None) -> Drawn:
+    if weighing is None:
+        return _uniform_draw(items, seed, number, task)
+    return draw_weighted(inclusion(range(SIZES["search"]), items, weighing), seed, number, task)
+
+
+def _separate(
+    problem: Problem,
+    setting: Setting,
+    merges: Floats,
+    items: int,
+    seed: int,
+    number: int,
+    reference: Sequence[Floats],
+) -> Floats:
+    """Fitness where every candidate meets items of its own; still a paired difference to the best anchor."""
+    rng = np.random.default_rng([seed, number])
+    fitness = []
+    for merge in merges:
+        parts = []
+        for task in range(TASKS):
+            own = rng.choice(SIZES["search"], items, replace=False)
+            parts.append((_scores(problem, setting, task, own, merge[None])[0] - reference[task][own]).mean())
+        fitness.append(float(np.mean(parts)))
+    return np.array(fitness)
 
 
 def _generation(
-    setting: Setting,
-    meter: _Meter,
-    matrix: Floats,
-    genomes: Floats,
-    drawn: Mapping[str, Drawn],
-    anchor: Scores,
-    scales: Mapping[str, float],
-    optimizer: Optimizer,
-) -> tuple[Floats, float]:
-    """Fitness of a generation, and how well two halves of its (first rung's) items rank it."""
-    weights = {str(i): matrix @ genome for i, genome in enumerate(genomes)}
-    n = len(drawn[NAMES[0]].items)
-    ends = rung_ends(n) if setting.racing else (n,)
-    scores: dict[str, dict[str, dict[int, float]]] = {c: {t: {} for t in NAMES} for c in weights}
-    alive, tiers, start, half = list(weights), list[dict[str, float]](), 0, math.nan
-    for end in ends:
-        for candidate in alive:
-            if setting.separate:
-                generation = optimizer.generation * 1000 + int(candidate)
-                own = {
-                    t: draw_weighted(
-                        dict.fromkeys(range(SIZES["search"]), n / SIZES["search"]), 1, generation, t
-                    )
-                    for t in NAMES
+    problem: Problem, setting: Setting, merges: Floats, drawn: Sequence[Drawn], reference: Sequence[Floats]
+) -> tuple[Floats, int, float]:
+    """Fitness of a generation, its cost, and how well two halves of its (first rung's) items rank it."""
+    n = len(drawn[0].items)
+    gains = [
+        _scores(problem, setting, t, d.items, merges) - reference[t][list(d.items)]
+        for t, d in enumerate(drawn)
+    ]
+
+    def estimate(rows: Sequence[int], end: int) -> Floats:
+        parts = [gains[t][rows, :end] @ list(d.weights(end).values()) for t, d in enumerate(drawn)]
+        return np.asarray(np.mean(parts, axis=0))
+
+    everyone = range(len(merges))
+    if not setting.racing:
+        half = math.nan
+        if setting.more_items:
+            half = at_length(
+                spearman(
+                    *(np.mean([g[:, k::2].mean(axis=1) for g in gains], axis=0).tolist() for k in (0, 1))
+                ),
+                2,
+            )
+        return estimate(everyone, n), len(merges) * TASKS * n, half
+    alive, tiers, cost, start = list(everyone), list[dict[str, float]](), 0, 0
+    for end in rung_ends(n):
+        cost += len(alive) * TASKS * (end - start)
+        found = dict(zip(alive, estimate(alive, end).tolist(), strict=True))
+        kept = sorted(alive, key=lambda i: (-found[i], i))
+        if end < n:
+            scores = {
+                str(i): {
+                    str(t): dict(zip(d.items[:end], gains[t][i].tolist(), strict=False))
+                    for t, d in enumerate(drawn)
                 }
-                found = meter.score("search", weights[candidate], {t: own[t].items for t in NAMES})
-            else:
-                found = meter.score(
-                    "search", weights[candidate], {t: drawn[t].items[start:end] for t in NAMES}
-                )
-            for task in NAMES:
-                scores[candidate][task].update(found[task])
-        counts = None if setting.separate else {t: drawn[t].weights(end) for t in NAMES}
-        estimate = {c: paired_fitness(scores[c], anchor, WEIGHTS, scales, counts) for c in alive}
-        if start == 0 and setting.more_items:
-            half = at_length(_halves(scores, drawn, end, anchor, scales), 2 * n / end)
-        ranked = sorted(alive, key=lambda c: (-estimate[c], int(c)))
-        kept = ranked
-        if end < n and counts is not None:
-            kept = survivors(scores, ranked, max(1, optimizer.popsize // 2), WEIGHTS, scales, counts)
-        dropped = [c for c in ranked if c not in kept]
-        if end == n:
-            tiers.insert(0, estimate)
-        elif dropped:
-            tiers.insert(0, {c: estimate[c] for c in dropped})
+                for i in alive
+            }
+            counts = {str(t): d.weights(end) for t, d in enumerate(drawn)}
+            kept = [
+                int(i)
+                for i in survivors(scores, [str(i) for i in kept], len(merges) // 2, WEIGHTS, SCALES, counts)
+            ]
+        tiers.insert(0, {str(i): found[i] for i in alive if end == n or i not in kept})
         alive, start = kept, end
     told = told_values(tiers)
-    return np.array([told[c] for c in weights]), half
+    return np.array([told[str(i)] for i in everyone]), cost, math.nan
 
 
-def _halves(
-    scores: Mapping[str, Scores],
-    drawn: Mapping[str, Drawn],
-    end: int,
-    anchor: Scores,
-    scales: Mapping[str, float],
-) -> float:
-    ranks = []
-    for first in (0, 1):
-        part = {t: drawn[t].items[first:end:2] for t in NAMES}
-        ranks.append(
-            [
-                paired_fitness({t: {i: s[t][i] for i in part[t]} for t in NAMES}, anchor, WEIGHTS, scales)
-                for s in scores.values()
-            ]
+def _seed(arguments: tuple[Sequence[Setting], int, int]) -> list[dict[str, Any]]:
+    chosen, seed, full = arguments
+    return [run_simulated(setting, seed, full) for setting in chosen]
+
+
+def simulated(
+    chosen: Sequence[Setting], seeds: Sequence[int], full: int, processes: int
+) -> list[dict[str, Any]]:
+    """All runs, seed by seed."""
+    with ProcessPoolExecutor(processes) as pool:
+        return [row for rows in pool.map(_seed, [(chosen, seed, full) for seed in seeds]) for row in rows]
+
+
+def summary(rows: Sequence[Mapping[str, Any]], full: int) -> dict[str, Any]:
+    """The table: per setting means with intervals over problems (over seeds where there is one problem only)."""
+    by: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by.setdefault(row["setting"], []).append(row)
+    theirs = by[MERGEKIT.name]
+    problems = [r["problem"] for r in theirs]
+    targets = {p: float(np.median([r["gain"] for r in theirs if r["problem"] == p])) for p in problems}
+    costs = {
+        name: np.array([_cost_to(targets[r["problem"]], r["path"], full) for r in found])
+        for name, found in by.items()
+    }
+    gains = {name: np.array([r["gain"] for r in found]) for name, found in by.items()}
+    table = []
+    for name, found in by.items():
+        behind = _units(gains[OURS.name] - gains[name], problems)
+        table.append(
+            {
+                "setting": name,
+                "seeds": len(found),
+                "gain": _mean(_units(gains[name], problems)),
+                "overstatement": _mean(_units(_column(found, "overstatement"), problems)),
+                "search_overstatement": _mean(_units(_column(found, "search_overstatement"), problems)),
+                "cost_to_target": float(np.median(costs[name])),
+                "reached": float(
+                    np.mean([any(g >= targets[r["problem"]] for _, g in r["path"]) for r in found])
+                ),
+                "cost_ratio": _ratio(costs[name] / costs[MERGEKIT.name], problems),
+                "ours_minus_this": _mean(behind),
+                "lower_bound": _lower(behind),
+                "gain_at": {
+                    str(budget): float(np.mean([_gain_at(budget, r["path"]) for r in found]))
+                    for budget in (full // 8, full // 4, full // 2)
+                },
+            }
         )
-    return spearman(*ranks)
+    return {"full_budget": full, "targets": list(targets.values()), "table": table}
+
+
+def _column(rows: Sequence[Mapping[str, Any]], key: str) -> Floats:
+    return np.array([row[key] for row in rows])
+
+
+def _units(values: Floats, problems: Sequence[int]) -> Floats:
+    """What is independent: the means of the problems; of one problem alone the values themselves."""
+    kinds = sorted(set(problems))
+    if len(kinds) == 1:
+        return values
+    return np.array([values[[p == k for p in problems]].mean() for k in kinds])
+
+
+def _cost_to(target: float, path: Sequence[tuple[int, float]], full: int) -> float:
+    return float(next((cost for cost, gain in path if gain >= target), full))
+
+
+def _gain_at(budget: int, path: Sequence[tuple[int, float]]) -> float:
+    """True gain of what would be returned for that budget; 0, the best anchor, where it pays for no generation."""
+    return next((gain for cost, gain in reversed(path) if cost <= budget), 0.0)
+
+
+def _mean(values: Floats) -> dict[str, float]:
+    """Mean and its 95 % t interval."""
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return {
+        "mean": float(values.mean()),
+        "low": float(values.mean()) - half,
+        "high": float(values.mean()) + half,
+    }
+
+
+def _lower(values: Floats) -> float | None:
+    """One-sided 95 % lower bound of the mean of paired differences."""
+    if not values.any():
+        return None
+    return float(
+        values.mean() - stats.t.ppf(0.95, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    )
+
+
+def _ratio(ratios: Floats, problems: Sequence[int]) -> dict[str, float]:
+    """Median over seeds of the paired cost ratio, with a percentile bootstrap interval over problems (or seeds)."""
+    kinds = sorted(set(problems))
+    blocks = (
+        [ratios[[p == k for p in problems]] for k in kinds]
+        if len(kinds) > 1
+        else [ratios[[i]] for i in range(len(ratios))]
+    )
+    rng = np.random.default_rng(0)
+    medians = [
+        float(np.median(np.concatenate([blocks[i] for i in rng.integers(0, len(blocks), len(blocks))])))
+        for _ in range(5000)
+    ]
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return {"median": float(np.median(ratios)), "low": float(low), "high": float(high)}
+
+
+def show(found: Mapping[str, Any]) -> None:
+    print(
+        f"full budget {found['full_budget']} item-evaluations, target gain {found['target_gain']:.2f} points"
+    )
+    head = f"{'setting':38s} {'true gain':>18s} {'at 1/8  1/4  1/2':>17s} {'overstatement':>20s} {'cost':>7s} {'cost ratio':>18s} {'bound':>6s}"
+    print(head)
+    for row in found["table"]:
+        gain, over, ratio = row["gain"], row["overstatement"], row["cost_ratio"]
+        at = " ".join(f"{x:5.1f}" for x in row["gain_at"].values())
+        bound = "" if row["lower_bound"] is None else f"{row['lower_bound']:+.2f}"
+        print(
+            f"{row['setting']:38s} {gain['mean']:5.2f} ({gain['low']:5.2f} {gain['high']:5.2f}) {at:>17s} "
+            f"{over['mean']:+5.2f} ({over['low']:+5.2f} {over['high']:+5.2f}) {row['cost_to_target']:7.0f} "
+            f"{ratio['median']:4.2f} ({ratio['low']:4.2f} {ratio['high']:4.2f}) {bound:>6s}"
+        )
+
+
+def tiny(chosen: Sequence[Setting], seeds: Sequence[int], full: int) -> list[dict[str, Any]]:
+    """All runs on the tiny zoo, in this process: one resident model is what a run has."""
+    from tiny_family import Truth, run_tiny
+
+    truth = Truth(OURS)
+    rows = []
+    for seed in seeds:
+        for setting in chosen:
+            started = time.perf_counter()
+            rows.append(run_tiny(setting, seed, full, truth))
+            print(
+                f"seed {seed}, {setting.name}: {rows[-1]['gain']:+.2f} ({time.perf_counter() - started:.0f} s)",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer seeds and settings; under 15 minutes on two cores"
+    )
+    parser.add_argument("--family", choices=("simulated", "tiny"), default="simulated")
+    parser.add_argument("--seeds", type=int, help="default: 200 simulated, 10 tiny; with --quick 40 and 3")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="4000 and on (tiny: 100 and on) are for tuning"
+    )
+    parser.add_argument("--full", type=int, help="item-evaluations of every run")
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    simulate = arguments.family == "simulated"
+    count = arguments.seeds or (
+        (10 if arguments.quick else 40) if simulate else (3 if arguments.quick else 10)
+    )
+    full = arguments.full or (FULL if simulate else FULL_TINY)
+    seeds = range(arguments.first_seed, arguments.first_seed + count)
+    chosen = settings()
+    if not simulate:
+        chosen = tiny_settings(few=arguments.quick)
+    started = time.perf_counter()
+    rows = simulated(chosen, seeds, full, arguments.processes) if simulate else tiny(chosen, seeds, full)
+    found = summary(rows, full)
+    show(found)
+    if arguments.json:
+        content = {
+            "family": arguments.family,
+            "seeds": [seeds.start, seeds.stop],
+            "settings": [asdict(s) for s in chosen],
+            **found,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "seconds": time.perf_counter() - started,
+            "runs": [{k: v for k, v in row.items() if k != "path"} for row in rows],
+        }
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -50,7 +50,7 @@ def read_config(path: Path) -> tuple[str, dict[str, Any]]:
 
 _OTHERS = {
     "experts": "a mixture of experts for mergekit-moe, not a merge of weights; make it with mergekit-moe",
-    "genome": "an evolution for mergekit-evolve; shoal searches by a recipe of its own (shoal evolve RECIPE)",
+    "genome": "an evolution for mergekit-evolve; shoal import makes a recipe of it, for shoal evolve",
     "space": "a recipe of shoal, which is searched and not merged; run it with shoal evolve",
     "tasks": "a recipe of shoal, which is searched and not merged; run it with shoal evolve",
     "layer_slices": "a file for mergekit-bakllama; write its layers as `slices:` with merge_method: passthrough",

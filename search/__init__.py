@@ -1,14 +1,20 @@
 """Genomes, CMA-ES, items, fitness and statistics: numpy, scipy and cma, no tensors and no tasks."""
 
 from shoal.search.claims import Comparison as Comparison
+from shoal.search.claims import Contrast as Contrast
+from shoal.search.claims import Guard as Guard
 from shoal.search.claims import TaskSamples as TaskSamples
 from shoal.search.claims import Verdict as Verdict
 from shoal.search.claims import compare as compare
+from shoal.search.claims import contrast as contrast
+from shoal.search.claims import guard as guard
 from shoal.search.claims import non_inferior as non_inferior
 from shoal.search.claims import verdict as verdict
+from shoal.search.exact import mcnemar_exact as mcnemar_exact
 from shoal.search.fitness import best_anchor as best_anchor
 from shoal.search.fitness import paired_fitness as paired_fitness
 from shoal.search.fitness import task_scales as task_scales
+from shoal.search.fitness import unit_scales as unit_scales
 from shoal.search.items import assign as assign
 from shoal.search.items import draw as draw
 from shoal.search.items import role_fraction as role_fraction
@@ -21,11 +27,16 @@ from shoal.search.plans import constant_plan as constant_plan
 from shoal.search.plans import parent_plan as parent_plan
 from shoal.search.plans import uniform_merge_plan as uniform_merge_plan
 from shoal.search.power import detectable_difference as detectable_difference
+from shoal.search.power import effective_items as effective_items
 from shoal.search.power import items_needed as items_needed
-from shoal.search.power import mcnemar_exact as mcnemar_exact
+from shoal.search.racing import survivors as survivors
 from shoal.search.shapes import SHAPES as SHAPES
 from shoal.search.shapes import Shape as Shape
+from shoal.search.simultaneous import Claimed as Claimed
+from shoal.search.simultaneous import simultaneous as simultaneous
 from shoal.search.space import Space as Space
 from shoal.search.space import Table as Table
 from shoal.search.space import lift as lift
 from shoal.search.space import make_space as make_space
+from shoal.search.weighting import draw_weighted as draw_weighted
+from shoal.search.weighting import inclusion as inclusion

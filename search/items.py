@@ -20,7 +20,7 @@ def role_fraction(content_hash: str, salt: str = SALT) -> float:
 
     content_hash: of the item's content, or of its cluster's where the task gives clusters.
     """
-    return _fraction([salt, content_hash])
+    return fraction([salt, content_hash])
 
 
 def assign(hashes: Sequence[str], zones: Mapping[str, tuple[float, float]]) -> dict[str, list[int]]:
@@ -52,11 +52,11 @@ def draw(pool: Sequence[int], n: int, seed: int, generation: int, task: str) -> 
         raise ShoalError(f"draw: expected n >= 0, found {n}")
     if len(set(pool)) != len(pool):
         raise ShoalError(f"draw: the pool of task {task!r} names an item twice")
-    drawn = sorted((_fraction([seed, generation, task, int(item)]), int(item)) for item in pool)
+    drawn = sorted((fraction([seed, generation, task, int(item)]), int(item)) for item in pool)
     return sorted(item for _, item in drawn[:n])
 
 
-def _fraction(key: list[str | int]) -> float:
-    """sha256 of the key as JSON, its first 53 bits as a fraction: exact in float64, always below 1."""
+def fraction(key: list[str | int]) -> float:
+    """A number in [0, 1) that belongs to `key`: sha256 of it as JSON, the first 53 bits, exact in float64."""
     digest = hashlib.sha256(json.dumps(key).encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53

@@ -1,12 +1,15 @@
-"""How small a gain the test items can show, and the exact test for paired 0/1 outcomes."""
+"""How small a gain the test items can show in one comparison."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from scipy.special import bdtr, ndtri
+from scipy.special import ndtri
 
 from shoal.errors import ShoalError
+
+CORRELATION = 0.1  # of paired differences within a cluster, assumed before anything is scored
 
 
 def items_needed(difference: float, discordant: float, power: float = 0.8, alpha: float = 0.05) -> float:
@@ -25,7 +28,9 @@ def items_needed(difference: float, discordant: float, power: float = 0.8, alpha
     return (za * math.sqrt(discordant) + zb * math.sqrt(discordant - difference**2)) ** 2 / difference**2
 
 
-def detectable_difference(n: int, discordant: float = 0.2, power: float = 0.8, alpha: float = 0.05) -> float:
+def detectable_difference(
+    n: float, discordant: float = 0.2, power: float = 0.8, alpha: float = 0.05
+) -> float:
     """The smallest gain (a fraction: 0.05 is 5 points) that n paired 0/1 items show: `items_needed` solved
     for it.
 
@@ -51,15 +56,38 @@ def detectable_difference(n: int, discordant: float = 0.2, power: float = 0.8, a
     return share if share <= 1 else math.inf
 
 
-def mcnemar_exact(b: int, c: int) -> float:
-    """Two-sided exact p of b wins against c losses among discordant pairs (binomial, p = 1/2); 1 where b + c
-    = 0.
+def effective_items(
+    weights: Sequence[float], clusters: Sequence[Sequence[int]], correlation: float = CORRELATION
+) -> float:
+    """The number of equally weighted, independent items that show as much as the items of several tasks.
 
-    McNemar 1947, Psychometrika 12:153, with the exact binomial in place of chi-square.
+    n with 1 / n = sum over tasks of w^2 D / n_t (w: normalised weights; tasks of weight 0 count nothing), and Kish's
+    design effect D = 1 + (sum of m^2 / n_t - 1) correlation for clusters of m items (Kish 1965, Survey Sampling, 5.4).
+    Exact for one share of discordant items and one gain in all tasks. clusters: sizes per task. correlation: of the
+    paired differences within a cluster; 1 where only clusters count.
     """
-    if b < 0 or c < 0:
-        raise ShoalError(f"mcnemar: expected counts, found {b} and {c}")
-    return 1.0 if b == c else min(1.0, 2.0 * float(bdtr(min(b, c), b + c, 0.5)))
+    total = math.fsum(weights)
+    if (
+        not total > 0
+        or len(weights) != len(clusters)
+        or not all(sizes and min(sizes) > 0 for sizes in clusters)
+    ):
+        raise ShoalError(
+            f"power: expected a weight and cluster sizes above 0 for each task, found {len(weights)} weights and"
+            f" {len(clusters)} lists of sizes"
+        )
+    parts = []
+    for weight, sizes in zip(weights, clusters, strict=True):
+        n = sum(sizes)
+        effect = 1 + (sum(m * m for m in sizes) / n - 1) * correlation
+        parts.append((weight / total) ** 2 * effect / n)
+    return 1 / math.fsum(parts)
+
+
+def detectable_at(error: float, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The smallest gain that a comparison shows whose difference has this standard error, as found afterwards."""
+    za, zb = _quantiles(power, alpha)
+    return (za + zb) * error
 
 
 def _quantiles(power: float, alpha: float) -> tuple[float, float]:

@@ -66,6 +66,15 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
     return Pico(folder)
 
 
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Pico:
+    """The same with four layers, for what works on blocks of layers."""
+    folder = tmp_path_factory.mktemp("deep")
+    write_models(folder, layers=4)
+    write_tasks(folder / "tasks")
+    return Pico(folder)
+
+
 def write_models(folder: Path, layers: int = 3) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -24,7 +24,18 @@ def test_version_and_help() -> None:
     runner = CliRunner()
     assert runner.invoke(app, ["--version"]).stdout.strip() == f"shoal {shoal.__version__}"
     text = runner.invoke(app, ["--help"]).stdout
-    for command in ("quickstart", "evolve", "validate", "merge", "score", "lm-eval", "export", "zoo"):
+    for command in (
+        "quickstart",
+        "evolve",
+        "validate",
+        "merge",
+        "score",
+        "lm-eval",
+        "export",
+        "import",
+        "pareto",
+        "zoo",
+    ):
         assert command in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,23 @@ def test_an_evaluation_and_its_scores_are_written_together(tmp_path: Path) -> No
         journal.complete(done("g0c0"), [score(), score()])
     assert journal.evaluation("g0c0", "search") is None
     assert journal.scores("g0c0", "search") == []
+
+
+def test_rungs_are_evaluations_of_their_own_and_the_last_score_of_an_item_counts(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.sqlite")
+    journal.ask(rows(0))
+    first, second = done("g0c0"), replace(done("g0c0"), rung=1)
+    journal.complete(first, [score(7, 0.1), score(8, 0.2)])
+    assert journal.evaluation("g0c0", "search", 1) is None
+    journal.complete(second, [score(8, 0.3), score(9, 0.4)])
+    assert journal.evaluations() == [first, second]
+    assert journal.evaluation("g0c0", "search", 1) == second
+
+    def values(*rungs: int) -> dict[int, float | None]:
+        return {s.item: s.objective for s in journal.scores("g0c0", "search", *rungs)}
+
+    assert values() == {7: 0.1, 8: 0.3, 9: 0.4}
+    assert values(0, 0) == {7: 0.1, 8: 0.2} and values(1) == values(1, 1) == {8: 0.3, 9: 0.4}
 
 
 def test_a_foreign_file_or_schema_is_refused(tmp_path: Path) -> None:

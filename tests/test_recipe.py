@@ -28,6 +28,14 @@ def test_the_digest_ignores_the_budget_and_nothing_else() -> None:
     assert parse_recipe(MINIMAL + "output: {save_weights: true}").digest() != recipe.digest()
 
 
+def test_older_words_and_yaml_switches_are_understood() -> None:
+    assert parse_recipe(MINIMAL + "search: {algorithm: random}").search.optimizer == "random"
+    for text, meant in (("on", "on"), ("off", "off"), ("'on'", "on"), ("auto", "auto"), ("true", "on")):
+        recipe = parse_recipe(MINIMAL + f"search: {{racing: {text}}}")
+        assert recipe.search.racing == meant
+        assert parse_recipe(recipe.to_yaml()) == recipe
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -39,6 +47,19 @@ def test_the_digest_ignores_the_budget_and_nothing_else() -> None:
         (MINIMAL + "search: {budget: many}", r"search\.budget: .*integer, found 'many' \(str\)"),
         (MINIMAL + "search: {budget: 0}", r"search\.budget: .*greater than 0, found 0"),
         (MINIMAL + "search: {budget: 3.5}", r"search\.budget: .*found 3\.5"),
+        (MINIMAL + "search: {uniform_share: 0}", r"search\.uniform_share: .*greater than 0, found 0"),
+        (MINIMAL + "search: {racing: maybe}", r"search\.racing: .*'on', 'off' or 'auto', found 'maybe'"),
+        (MINIMAL + "search: {item_choice: best}", "search.item_choice: .*'disagreement', found 'best'"),
+        (MINIMAL + "search: {max_candidate_seconds: 0}", "greater than 0, found 0"),
+        (
+            MINIMAL + "search: {algorithm: random, optimizer: grid}",
+            "search: optimizer and algorithm are one key",
+        ),
+        ("name: x\nmodels: [a/b]\ntasks: [{task: t, max_drop: 0}]", r"max_drop: .*greater than 0, found 0"),
+        (
+            "name: x\nmodels: [a/b]\ntasks: [{task: t, max_drop: 0.1}]\nsearch: {objective: margin}",
+            "max_drop of task 't' is in units of its score",
+        ),
         (MINIMAL + "space: {bounds: {weight: [1, 0]}}", r"low < high, found \[1\.0, 0\.0\]"),
         (MINIMAL + "space: {shape: spiral}", "space.shape: .*'curve'.*found 'spiral'"),
         ("name: x\nmodels: [a/b, a/b]\ntasks: [{task: t}]", "model 'a/b' is named 2 times"),

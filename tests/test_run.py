@@ -8,78 +8,18 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from runs import content, meddled, recipe, stable
 
 from shoal.errors import EvaluationError, RunError
 from shoal.folder import RunFolder
 from shoal.journal import Journal
-from shoal.preflight import Prepared
-from shoal.recipe import Recipe, parse_recipe
 from shoal.run import evolve
-from shoal.types import Capabilities, Completed, Failed, Job, Worker
-from shoal.worker import LocalWorker
-
-
-def recipe(pico: Any, **changes: Any) -> Recipe:
-    return parse_recipe(yaml.safe_dump(pico.recipe(**changes)))
-
-
-def stable(result: dict[str, Any]) -> dict[str, Any]:
-    """A result without what may differ between two runs of one lock: seconds."""
-    return result | {"cost": {k: v for k, v in result["cost"].items() if k != "seconds"}}
-
-
-def content(run: Path) -> dict[str, list[Any]]:
-    """Everything in the journal that must be the same, interrupted or not."""
-    with sqlite3.connect(run / "journal.sqlite") as database:
-        return {
-            "candidates": database.execute("SELECT * FROM candidates ORDER BY asked").fetchall(),
-            "evaluations": database.execute(
-                "SELECT id, candidate, role, status, items FROM evaluations"
-            ).fetchall(),
-            "scores": database.execute(
-                "SELECT * FROM scores ORDER BY candidate, role, task, item"
-            ).fetchall(),
-            "tells": database.execute("SELECT * FROM tells ORDER BY generation").fetchall(),
-        }
-
-
-class Meddler:
-    """A worker that does something of its own before or instead of a job; everything else is the real worker's."""
-
-    def __init__(self, inner: Worker, meddle: Callable[[Job, int], Failed | None]) -> None:
-        self.inner, self.meddle, self.jobs, self.count = inner, meddle, list[Job](), 0
-
-    def submit(self, job: Job) -> str:
-        self.jobs.append(job)
-        return job.candidate
-
-    def poll(self) -> Completed | Failed:
-        job = self.jobs.pop(0)
-        self.count += 1
-        instead = self.meddle(job, self.count)
-        if instead is not None:
-            return instead
-        self.inner.submit(job)
-        return self.inner.poll()
-
-    def cancel(self, candidate: str) -> None:
-        self.inner.cancel(candidate)
-
-    def capabilities(self) -> Capabilities:
-        return self.inner.capabilities()
-
-    def close(self) -> None:
-        self.inner.close()
-
-
-def meddled(meddle: Callable[[Job, int], Failed | None]) -> Callable[[Prepared, str], Worker]:
-    return lambda prepared, device: Meddler(LocalWorker(prepared.recipe, prepared.lock, device), meddle)
+from shoal.types import Failed, Job
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +65,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_run import meddled
+from runs import meddled
 from shoal.recipe import load_recipe
 from shoal.run import evolve
 

@@ -57,6 +57,14 @@ BROKEN = {
     ),
     "missing file": lambda p, **_: (p.recipe(models=["./missing"]), "no such folder"),
     "bounds reversed": lambda p, **_: (p.recipe(space={"bounds": {"weight": [1, 0]}}), "low < high"),
+    "misspelt optimizer": lambda p, **_: (
+        p.recipe(search={"optimizer": "cma"}),
+        "search.optimizer: unknown 'cma'",
+    ),
+    "race without ranks": lambda p, **_: (
+        p.recipe(search={"optimizer": "random", "racing": "on"}),
+        "racing is for cma-es and sep-cma-es",
+    ),
     "budget 0": lambda p, **_: (p.recipe(search={"budget": 0}), "search.budget"),
     "duplicate model": lambda p, **_: (p.recipe(models=[str(p.model("left"))] * 2), "is named 2 times"),
     "adapter without base": lambda p, adapter, **_: (

@@ -7,8 +7,8 @@ from typing import Any
 
 from shoal.recipe import Recipe, load_recipe
 from shoal.report import write_plots
-from shoal.run import Observer
 from shoal.run import evolve as evolve_run
+from shoal.stages.observer import Observer
 
 
 def evolve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from shoal.lock import Lock, TaskLock
 from shoal.outlook import test_power
 from shoal.preflight import open_catalogue
 from shoal.recipe import Recipe
-from shoal.search.claims import Comparison, TaskSamples, compare, verdict
-from shoal.types import ItemScore, Role
+from shoal.search.claims import Comparison, Contrast, Guard, TaskSamples, contrast, guard, same_model, verdict
+from shoal.search.power import detectable_at
+from shoal.search.simultaneous import Claimed, simultaneous
+from shoal.types import Role
 
 Aggregate = Callable[[list[Any]], float]
 
@@ -54,9 +57,18 @@ class Scoreboard:
             parts.append(task.weight / total * (sum(values) / len(values)) if values else 0.0)
         return sum(parts)
 
-    def comparisons(self, recipe: Recipe, winner: str, baselines: Sequence[str]) -> list[Comparison]:
-        """Per baseline: all tasks together, then each task; on the test items."""
-        samples = [
+    def known(self, candidate: str, role: Role) -> float | None:
+        """`overall`, or None where the candidate was not scored by the metric on all items of the role."""
+        rows = self.journal.scores(candidate, role)
+        for task in self.lock.tasks:
+            scored = {row.item for row in rows if row.task == task.task and task.metric in row.metrics}
+            if not scored.issuperset(task.roles[role].items):
+                return None
+        return self.overall(candidate, role)
+
+    def samples(self, winner: str, baselines: Sequence[str]) -> list[TaskSamples]:
+        """Winner and baselines on the test items."""
+        return [
             TaskSamples(
                 task=task.task,
                 weight=task.weight,
@@ -68,12 +80,49 @@ class Scoreboard:
             )
             for task in self.lock.tasks
         ]
-        resamples, seed = recipe.claim.resamples, self.lock.seeds.bootstrap
-        return [
-            compare(samples, name, resamples, seed, task=task)
+
+
+class Evidence:
+    """Winner against every baseline, overall and per task, on the test items: what verdict and words are made of."""
+
+    def __init__(self, board: Scoreboard, recipe: Recipe, winner: str, baselines: Mapping[str, str]) -> None:
+        self.lock, self.winner, self.baselines = board.lock, winner, baselines
+        samples = board.samples(winner, list(baselines))
+        tasks = [None, *(sample.task for sample in samples)]
+        seed = board.lock.seeds.bootstrap
+        self.contrasts: dict[tuple[str, str | None], Contrast] = {
+            (name, task): contrast(samples, name, recipe.claim.resamples, seed, task=task)
             for name in baselines
-            for task in (None, *(sample.task for sample in samples))
+            if name != winner
+            for task in tasks
+        }
+        self.compared: list[Comparison] = [
+            self.contrasts[name, task].comparison()
+            if name != winner
+            else same_model(samples, name, task=task)
+            for name in baselines
+            for task in tasks
         ]
+        self.overall = {c.against: c for c in self.compared if c.task is None}
+
+    def guards(self) -> list[Guard]:
+        """The guarded tasks against every parent; none where the winner is a parent, which nothing can be lost to."""
+        parents = [name for name, kind in self.baselines.items() if kind == "parent"]
+        if self.winner in parents:
+            return []
+        return [
+            guard([self.contrasts[name, task.task] for name in parents], task.max_drop)
+            for task in self.lock.tasks
+            if task.max_drop is not None
+        ]
+
+    def claims(self) -> dict[str, Claimed]:
+        """Per task the lead over the best baseline, together for all tasks; none for one task or a baseline."""
+        if len(self.lock.tasks) < 2 or self.winner in self.baselines:
+            return {}
+        return simultaneous(
+            {t.task: [self.contrasts[name, t.task] for name in self.baselines] for t in self.lock.tasks}
+        )
 
 
 def aggregated(values: Sequence[Any], aggregate: Aggregate | None) -> float:
@@ -85,25 +134,6 @@ def weighted(lock: Lock, scores: Mapping[str, float]) -> float:
     return sum(
         task.weight / total * scores[task.task] * (1 if task.higher_is_better else -1) for task in lock.tasks
     )
-
-
-def objective_values(
-    rows: Sequence[ItemScore], lock: Lock, objective: str
-) -> dict[str, dict[int, float]] | None:
-    """Task -> item -> what the search maximises; None where an item has no such value."""
-    tasks = {task.task: task for task in lock.tasks}
-    values: dict[str, dict[int, float]] = {name: {} for name in tasks}
-    for row in rows:
-        task = tasks[row.task]
-        if objective == "smooth":
-            if row.objective is None:
-                return None
-            values[row.task][row.item] = row.objective
-        else:
-            values[row.task][row.item] = float(row.metrics[task.metric]) * (
-                1 if task.higher_is_better else -1
-            )
-    return values
 
 
 def make_result(
@@ -120,9 +150,11 @@ def make_result(
     searched: the id under which the winner was scored on all search items.
     """
     board = Scoreboard(lock, journal)
-    compared = board.comparisons(recipe, winner, list(baselines))
-    overall = {c.against: c for c in compared if c.task is None}
-    found = verdict(winner in baselines, list(overall.values()), margin=recipe.claim.margin)
+    evidence = Evidence(board, recipe, winner, baselines)
+    guards, claims = evidence.guards(), evidence.claims()
+    found = verdict(
+        winner in baselines, list(evidence.overall.values()), margin=recipe.claim.margin, guards=guards
+    )
     evaluations = journal.evaluations()
     seconds = {
         "merge": sum(row.seconds_merge for row in evaluations),
@@ -133,15 +165,17 @@ def make_result(
     candidates = journal.candidates("search")
     n, detectable = test_power(lock)
     openings = len(journal.events("test opened"))
+    search_score, test_score = board.overall(searched, "search"), board.overall(winner, "test")
     result: dict[str, Any] = {
         "name": recipe.name,
         "verdict": found,
-        "claim": claim_words(found, winner, overall, recipe.claim.margin, n, detectable, openings, lock),
+        "claim": claim_words(found, winner, evidence.overall, recipe.claim.margin, n, guards, openings, lock),
         "winner": {
             "id": winner,
-            "score": board.overall(winner, "test"),
-            "search_score": board.overall(searched, "search"),
+            "score": test_score,
+            "search_score": search_score,
             "select_score": board.overall(winner, "select"),
+            "shrinkage": search_score - test_score,
             "tasks": board.scores(winner, "test"),
         },
         "baselines": [
@@ -149,24 +183,15 @@ def make_result(
                 "name": name,
                 "kind": kind,
                 "score": board.overall(name, "test"),
+                "search_score": board.known(name, "search"),
+                "select_score": board.known(name, "select"),
                 "tasks": board.scores(name, "test"),
             }
             for name, kind in baselines.items()
         ],
-        "comparisons": [
-            {
-                "against": c.against,
-                "difference": c.difference,
-                "low": c.low,
-                "high": c.high,
-                "n": c.n,
-                **({"task": c.task} if c.task is not None else {}),
-                "wins": c.wins,
-                "losses": c.losses,
-                "method": c.method,
-            }
-            for c in compared
-        ],
+        "comparisons": [_comparison(c) for c in evidence.compared],
+        "task_claims": [_task_claim(c) for c in claims.values()],
+        "guards": [_guard(g) for g in guards],
         "margin": recipe.claim.margin,
         "detectable_difference": detectable,
         "test_items": n,
@@ -189,23 +214,82 @@ def make_result(
     return result
 
 
+def _comparison(c: Comparison) -> dict[str, Any]:
+    """low, high: 95% interval of this comparison alone; method, why: how it was made; p: two-sided, by `test`."""
+    return {
+        "against": c.against,
+        "difference": c.difference,
+        "low": _finite(c.low),
+        "high": _finite(c.high),
+        "n": c.n,
+        **({"task": c.task} if c.task is not None else {}),
+        "wins": c.wins,
+        "losses": c.losses,
+        "clusters": c.clusters,
+        "method": c.method,
+        **({"why": c.why} if c.why else {}),
+        **({"p": c.p, "test": c.test} if c.p is not None else {}),
+    }
+
+
+def _task_claim(c: Claimed) -> dict[str, Any]:
+    """low, high: simultaneous 95% interval, together with the other tasks', of the lead over the best baseline."""
+    return {
+        "task": c.name,
+        "against": c.against,
+        "difference": c.difference,
+        "low": _finite(c.low),
+        "high": _finite(c.high),
+        "better": c.better,
+        "worse": c.worse,
+    }
+
+
+def _guard(g: Guard) -> dict[str, Any]:
+    """low: one-sided 95% lower bound of the difference to the parent that decides."""
+    return {
+        "task": g.task,
+        "max_drop": g.max_drop,
+        "against": g.against,
+        "difference": g.difference,
+        "low": _finite(g.low),
+        "holds": g.holds,
+        "broken": g.broken,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """An end at infinity, of a task with one cluster, is null in JSON, which has no infinity."""
+    return value if math.isfinite(value) else None
+
+
 def claim_words(
     found: str,
     winner: str,
     overall: Mapping[str, Comparison],
     margin: float,
     n: int,
-    detectable: float,
+    guards: Sequence[Guard],
     openings: int,
     lock: Lock,
 ) -> str:
     """The verdict in words that say no more than the intervals do."""
     closest = min(overall.values(), key=lambda c: c.low)
     worst = min(overall.values(), key=lambda c: c.high)
+    failed = [g for g in guards if not g.holds]
+    lead = f"{_points(closest.difference)}, 95% interval {_interval(closest)}"
     if found == "beats":
         text = (
             f"better than every parent and the uniform merge on {n} held-out test items: at least {_points(closest.low)} over"
-            f" {closest.against} ({_points(closest.difference)}, 95% interval {_interval(closest)})"
+            f" {closest.against} ({lead})"
+        )
+        if guards:
+            text += "; " + "; ".join(_guard_words(g) for g in guards)
+    elif closest.low > 0 and failed and winner not in overall:
+        text = (
+            "; ".join(_guard_words(g) for g in sorted(failed, key=lambda g: not g.broken))
+            + f"; so not a better model, though ahead of every parent and the uniform merge on {n} held-out test items"
+            f" together (closest {closest.against}, {lead})"
         )
     elif found == "worse":
         text = (
@@ -222,16 +306,30 @@ def claim_words(
     elif found == "ties":
         text = f"no difference larger than {100 * margin:.1f} points to any parent or the uniform merge on {n} held-out test items"
     else:
-        text = (
-            f"no improvement shown over {closest.against}: {_points(closest.difference)}, 95% interval"
-            f" {_interval(closest)}; {n} test items can show {100 * detectable:.1f} points"
-        )
+        text = f"no improvement shown over {closest.against}: {lead}"
+        if closest.error > 0:
+            text += (
+                f"; with 80% chance these {n} test items show {100 * detectable_at(closest.error):.1f} points"
+            )
     split = [task.task for task in lock.tasks if task.search_on_eval_split]
     if split:
         text += f"; items of the evaluation split of {', '.join(split)} were used in the search (others than the tested ones)"
     if openings > 1:
         text += f"; the test items were opened {openings} times"
     return text
+
+
+def _guard_words(g: Guard) -> str:
+    drop = f"guard {g.task}: {_points(g.difference)} to {g.against}"
+    if g.holds:
+        return f"{drop}, a loss above {100 * g.max_drop:.1f} points is excluded"
+    if g.broken:
+        return f"{drop}, more than the {100 * g.max_drop:.1f} points that it may lose"
+    return f"{drop}, a loss above {100 * g.max_drop:.1f} points is not excluded (it may be {_loss(g.low)})"
+
+
+def _loss(low: float) -> str:
+    return f"{-100 * low:.1f} points" if math.isfinite(low) else "any"
 
 
 def _points(value: float) -> str:

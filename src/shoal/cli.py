@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import os
 import sqlite3
 import sys
@@ -377,6 +378,92 @@ def export(
 
     written = export_lm_eval(run, out, say=(lambda text: None) if quiet else typer.echo)
     typer.echo(f"{sum(map(len, written.values()))} files of {len(written)} models")
+
+
+@app.command()
+@guarded
+def pareto(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="Two or more of its tasks, separated by commas.")],
+    role: Annotated[
+        str, typer.Option(help="On which items: search (all candidates), select (finalists) or test.")
+    ] = "search",
+    everyone: Annotated[bool, typer.Option("--all", help="List dominated candidates too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with every candidate.")] = False,
+) -> None:
+    """List the candidates of a run that no other one beats on every task, with intervals; nothing is scored."""
+    from shoal.front import PLOT, front_rows, front_words, write_plot
+    from shoal.pareto import pareto as find_front
+
+    front = find_front(run, [name.strip() for name in tasks.split(",") if name.strip()], role)
+    plot = write_plot(front, run / PLOT) if len(front.tasks) == 2 else None
+    if as_json:
+        typer.echo(json.dumps(front.to_json(), indent=2))
+        return
+    from rich.table import Table
+
+    header, rows = front_rows(front, everyone)
+    table = Table(*header, title=f"{run}: {', '.join(front.tasks)}", title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console = _console()
+    console.print(table)
+    for line in front_words(front):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    where = f"plot: {plot}" if plot is not None else f"no plot: {len(front.tasks)} tasks, a plot shows two"
+    console.print(where, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("import")
+@guarded
+def import_(
+    config: Annotated[Path, typer.Argument(help="YAML of mergekit-evolve.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Recipe to write; without it, it is printed.")
+    ] = None,
+    best: Annotated[
+        Path | None,
+        typer.Option(help="A mergekit YAML to start from, e.g. mergekit-evolve's best_config.yaml."),
+    ] = None,
+    include_path: Annotated[
+        str | None,
+        typer.Option("--include-path", "--task-search-path", help="Folder with more task YAMLs."),
+    ] = None,
+    budget: Annotated[int, typer.Option("--budget", "--max-fevals", min=4, help="Candidates.")] = 100,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Of the models, where no config.json is on this machine.")
+    ] = None,
+    check_tasks: Annotated[
+        bool, typer.Option("--check-tasks", help="Load the tasks, to name the splits that a search may use.")
+    ] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Turn a search of mergekit-evolve into a recipe, and say line by line what changes in meaning."""
+    from shoal.importer import import_config, write_import
+
+    def say(text: str) -> None:
+        if not quiet:
+            typer.echo(text, err=out is None)
+
+    imported = import_config(
+        config,
+        best=best,
+        include_path=include_path,
+        budget=budget,
+        layers=layers,
+        check_tasks=check_tasks,
+        recipe_path=out,
+        say=say,
+    )
+    if out is None:
+        typer.echo(imported.text, nl=False)
+    notes = imported.notes if out is None else (*imported.notes, *write_import(imported, out, say))
+    for change in imported.changes:
+        say(f"{change.key}: {change.text}")
+    for note in notes:
+        say(f"note: {note}")
+    if out is not None:
+        say(f"{out}: written; check it with shoal validate {out}")
 
 
 @zoo_app.command("tiny")

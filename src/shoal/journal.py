@@ -1,7 +1,8 @@
 """The journal of a run: RUN/journal.sqlite, one writer, every step durable before the next one starts.
 
-It holds candidates in ask order (with the order in which they completed), one row per (candidate, task, role, item),
-the fitness told per generation, and events (starts, device, disturbances, stops, openings of the test items).
+It holds candidates in ask order (with the order in which they completed), one row per (candidate, role, task, item,
+rung), the fitness of each generation, and events (starts, device, disturbances, the course of each generation, stops,
+openings of the test items).
 Nothing in it is ever unpickled or executed; genomes are JSON numbers, which round-trip float64 exactly.
 """
 
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from shoal.errors import RunError
 from shoal.types import ItemScore, Role
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -31,11 +32,11 @@ CREATE TABLE candidates (
 CREATE TABLE evaluations (
     id INTEGER PRIMARY KEY, candidate TEXT NOT NULL REFERENCES candidates, role TEXT NOT NULL,
     status TEXT NOT NULL, error TEXT, seconds_merge REAL NOT NULL, seconds_score REAL NOT NULL,
-    seconds_rest REAL NOT NULL, items INTEGER NOT NULL, UNIQUE (candidate, role));
+    seconds_rest REAL NOT NULL, items INTEGER NOT NULL, rung INTEGER NOT NULL, UNIQUE (candidate, role, rung));
 CREATE TABLE scores (
     candidate TEXT NOT NULL REFERENCES candidates, role TEXT NOT NULL, task TEXT NOT NULL, item INTEGER NOT NULL,
-    objective REAL, metrics TEXT NOT NULL, logliks TEXT NOT NULL, tokens INTEGER NOT NULL,
-    PRIMARY KEY (candidate, role, task, item)) WITHOUT ROWID;
+    objective REAL, metrics TEXT NOT NULL, logliks TEXT NOT NULL, tokens INTEGER NOT NULL, rung INTEGER NOT NULL,
+    PRIMARY KEY (candidate, role, task, item, rung)) WITHOUT ROWID;
 CREATE TABLE tells (generation INTEGER PRIMARY KEY, candidates TEXT NOT NULL, fitness TEXT NOT NULL);
 """
 
@@ -56,7 +57,10 @@ class CandidateRow:
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One finished piece of work: a candidate on the items of one role. status: done or failed."""
+    """One finished piece of work: a candidate on items of one role. status: done or failed.
+
+    rung: 0, or which part of a candidate's items this was (racing; what anchors were scored on once more).
+    """
 
     candidate: str
     role: Role
@@ -66,6 +70,7 @@ class EvaluationRow:
     seconds_score: float
     seconds_rest: float
     items: int
+    rung: int = 0
 
 
 class Journal:
@@ -130,19 +135,19 @@ class Journal:
 
     def candidates(self, kind: Kind | None = None, generation: int | None = None) -> list[CandidateRow]:
         """In ask order."""
-        query = "SELECT id, kind, generation, position, genome, plan_digest FROM candidates WHERE 1"
-        values: list[str | int] = []
-        if kind is not None:
-            query, values = query + " AND kind=?", [*values, kind]
-        if generation is not None:
-            query, values = query + " AND generation=?", [*values, generation]
+        wanted = {"kind": kind, "generation": generation}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        return self._candidates(" AND ".join(["1", *(f"{name}=?" for name in given)]), tuple(given.values()))
+
+    def _candidates(self, where: str, values: tuple[str | int, ...]) -> list[CandidateRow]:
+        query = "SELECT id, kind, generation, position, genome, plan_digest FROM candidates"
         return [
             CandidateRow(i, k, g, p, None if x is None else tuple(json.loads(x)), d)
-            for i, k, g, p, x, d in self._db.execute(query + " ORDER BY asked", values)
+            for i, k, g, p, x, d in self._db.execute(f"{query} WHERE {where} ORDER BY asked", values)
         ]
 
     def candidate(self, candidate: str) -> CandidateRow | None:
-        return next((row for row in self.candidates() if row.id == candidate), None)
+        return next(iter(self._candidates("id=?", (candidate,))), None)
 
     # --- evaluations
 
@@ -151,7 +156,7 @@ class Journal:
         with self._transaction():
             self._db.execute(
                 "INSERT INTO evaluations (candidate, role, status, error, seconds_merge, seconds_score, seconds_rest,"
-                " items) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                " items, rung) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     row.candidate,
                     row.role,
@@ -161,10 +166,11 @@ class Journal:
                     row.seconds_score,
                     row.seconds_rest,
                     row.items,
+                    row.rung,
                 ),
             )
             self._db.executemany(
-                "INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (
                         row.candidate,
@@ -175,6 +181,7 @@ class Journal:
                         json.dumps(dict(score.metrics)),
                         json.dumps(list(score.logliks)),
                         score.tokens,
+                        row.rung,
                     )
                     for score in scores
                 ],
@@ -182,36 +189,42 @@ class Journal:
 
     def evaluations(self) -> list[EvaluationRow]:
         """In completion order."""
+        return self._evaluations("1", ())
+
+    def evaluation(self, candidate: str, role: Role, rung: int = 0) -> EvaluationRow | None:
+        found = self._evaluations("candidate=? AND role=? AND rung=?", (candidate, role, rung))
+        return found[0] if found else None
+
+    def _evaluations(self, where: str, values: tuple[str | int, ...]) -> list[EvaluationRow]:
         rows = self._db.execute(
-            "SELECT candidate, role, status, error, seconds_merge, seconds_score, seconds_rest, items"
-            " FROM evaluations ORDER BY id"
+            "SELECT candidate, role, status, error, seconds_merge, seconds_score, seconds_rest, items, rung"
+            f" FROM evaluations WHERE {where} ORDER BY id",
+            values,
         )
         return [EvaluationRow(*row) for row in rows]
 
-    def evaluation(self, candidate: str, role: Role) -> EvaluationRow | None:
-        row = self._db.execute(
-            "SELECT candidate, role, status, error, seconds_merge, seconds_score, seconds_rest, items"
-            " FROM evaluations WHERE candidate=? AND role=?",
-            (candidate, role),
-        ).fetchone()
-        return None if row is None else EvaluationRow(*row)
-
-    def scores(self, candidate: str, role: Role) -> list[ItemScore]:
-        """Ordered by task, then item."""
+    def scores(
+        self, candidate: str, role: Role, first_rung: int = 0, last_rung: int | None = None
+    ) -> list[ItemScore]:
+        """Of these rungs (default: all), ordered by task, then item; of an item scored in several the last one."""
+        last = -1 if last_rung is None else last_rung
         rows = self._db.execute(
             "SELECT task, item, metrics, objective, logliks, tokens FROM scores WHERE candidate=? AND role=?"
-            " ORDER BY task, item",
-            (candidate, role),
+            " AND rung>=? AND (rung<=? OR ?<0) ORDER BY task, item, rung",
+            (candidate, role, first_rung, last, last),
         )
-        return [
-            ItemScore(task, role, item, json.loads(metrics), objective, tuple(json.loads(logliks)), tokens)
+        found = {
+            (task, item): ItemScore(
+                task, role, item, json.loads(metrics), objective, tuple(json.loads(logliks)), tokens
+            )
             for task, item, metrics, objective, logliks, tokens in rows
-        ]
+        }
+        return list(found.values())
 
     # --- generations
 
     def tell(self, generation: int, fitness: Mapping[str, float | None]) -> None:
-        """Record what was told to the optimizer; None stands for a failed candidate."""
+        """Record the fitness of a generation, which the optimizer's ranks follow from; None: a failed candidate."""
         self._db.execute(
             "INSERT INTO tells VALUES (?, ?, ?)",
             (generation, json.dumps(list(fitness)), json.dumps(list(fitness.values()))),

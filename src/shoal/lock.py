@@ -20,7 +20,7 @@ from shoal.errors import RunError
 from shoal.recipe import Dtype, Recipe, Strict
 from shoal.version import __version__
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LIBRARIES = (
     "torch",
     "transformers",
@@ -69,7 +69,10 @@ class RoleLock(Strict):
 
 
 class TaskLock(Strict):
-    """One task: which metric is claimed (lm-eval's `metric,filter`), in which direction, on which items."""
+    """One task: which metric is claimed (lm-eval's `metric,filter`), in which direction, on which items.
+
+    max_drop: what may be lost on it against the best parent, in units of the metric; None: no guard.
+    """
 
     task: str
     metric: str
@@ -80,6 +83,7 @@ class TaskLock(Strict):
     version: str
     eval_split: str
     search_on_eval_split: bool
+    max_drop: float | None = None
     fewshot_hashes: Texts | None = None
     roles: dict[Literal["search", "select", "test"], RoleLock]
 
@@ -94,10 +98,24 @@ class Seeds(Strict):
     bootstrap: int
 
 
+class SearchLock(Strict):
+    """How the search goes on, with every `auto` resolved. x0: genome that it starts from, natural units."""
+
+    optimizer: str
+    x0: Annotated[tuple[float, ...], Field(strict=False)]
+    objective: Literal["smooth", "metric", "margin"]
+    scale: Literal["unit", "anchors"]
+    items: int
+    item_choice: Literal["uniform", "disagreement"]
+    uniform_share: float
+    grow_items: bool
+    racing: bool
+
+
 class Lock(Strict):
     """Everything that a run depends on."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     shoal: str
     python: str
     libraries: dict[str, str]
@@ -111,6 +129,7 @@ class Lock(Strict):
     genes: Texts
     popsize: int
     sigma0: float
+    search: SearchLock
     seeds: Seeds
     include_path: str | None
     tasks: Annotated[tuple[TaskLock, ...], Field(strict=False)]

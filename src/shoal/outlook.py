@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 
 from shoal.lock import Lock
 from shoal.models import open_parents
 from shoal.preflight import Prepared
 from shoal.recipe import Recipe
-from shoal.search.power import detectable_difference
+from shoal.search.power import CORRELATION, detectable_difference, effective_items
 from shoal.types import ROLES
 
 DISCORDANT = 0.2  # share of test items on which two merges differ, assumed for the power statement
@@ -62,7 +62,8 @@ def describe(
     rows.append(
         (
             "search",
-            f"{count} candidates: {prepared.generations} generations of {lock.popsize}, {recipe.search.items} items per task and generation",
+            f"{count} candidates: {prepared.generations} generations of"
+            + f" {lock.popsize}, {lock.search.items} items per task and generation, by {lock.search.optimizer}{_extras(lock)}",
         )
     )
     anchors = len(lock.models) + 1
@@ -72,16 +73,28 @@ def describe(
         count * sum(min(recipe.search.items, len(task.roles["search"].items)) for task in lock.tasks)
         + anchors * pool
     )
-    rows.append(("cost", f"{spent} item evaluations before selection and test"))
+    bound = "at least " if lock.search.grow_items else "at most " if lock.search.racing else ""
+    rows.append(("cost", f"{bound}{spent} item evaluations before selection and test"))
     n, gain = test_power(lock)
+    single = all(len(set(t.roles["test"].clusters)) == len(t.roles["test"].clusters) for t in lock.tasks)
+    clustered = "" if single else f", correlation {CORRELATION:g} within clusters"
     rows.append(
         (
             "claim",
-            f"{n} test items can show a gain of {100 * gain:.1f} points or more (80% power, 95% confidence, {DISCORDANT:.0%} discordant items)",
+            f"{n} test items can show a gain of {100 * gain:.1f} points or more (80% power, 95% confidence, {DISCORDANT:.0%} discordant items{clustered})",
         )
     )
     rows += [("note", note) for note in prepared.notes]
     return rows
+
+
+def _extras(lock: Lock) -> str:
+    words = {
+        "chosen where parents disagree": lock.search.item_choice == "disagreement",
+        "more where halves disagree": lock.search.grow_items,
+        "clear losers leave early": lock.search.racing,
+    }
+    return "".join(f", {word}" for word, wanted in words.items() if wanted)
 
 
 def _memory(prepared: Prepared, device: str, memory: str, limit: int | None) -> str:
@@ -96,11 +109,10 @@ def _memory(prepared: Prepared, device: str, memory: str, limit: int | None) -> 
 
 
 def test_power(lock: Lock) -> tuple[int, float]:
-    """Number of test items and the smallest gain in the overall score that they can show."""
-    total = sum(task.weight for task in lock.tasks)
-    counts = [len(task.roles["test"].items) for task in lock.tasks]
-    variance = math.fsum((task.weight / total) ** 2 / n for task, n in zip(lock.tasks, counts, strict=True))
-    return sum(counts), detectable_difference(max(1, round(1 / variance)), discordant=DISCORDANT)
+    """Number of test items and the smallest gain in the overall score that they can show, over one baseline."""
+    clusters = [tuple(Counter(task.roles["test"].clusters).values()) for task in lock.tasks]
+    items = effective_items([task.weight for task in lock.tasks], clusters)
+    return sum(map(sum, clusters)), detectable_difference(max(1.0, items), discordant=DISCORDANT)
 
 
 def _compute_dtype(recipe: Recipe, lock: Lock) -> str:

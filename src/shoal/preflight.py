@@ -16,17 +16,21 @@ from typing import Any
 
 from shoal.errors import CheckpointError, RecipeError, nearest
 from shoal.evals.catalogue import Catalogue
-from shoal.lock import Lock, ModelLock, Seeds, new_lock
+from shoal.lock import Lock, ModelLock, SearchLock, Seeds, TaskLock, new_lock
 from shoal.merge.methods import Method, method
 from shoal.models import ResolvedModel, check_files, open_parents, resolve_models, zoo_progress
 from shoal.recipe import Recipe, parse_model
 from shoal.roles import lock_tasks, single_tasks
-from shoal.search.optimizer import default_popsize, default_sigma0
+from shoal.search.optimizer import OPTIMIZERS, default_popsize, default_sigma0
 from shoal.search.plans import parent_plan, uniform_merge_plan
 from shoal.search.space import Space, make_space
 from shoal.types import MergePlan, ModelRef, TensorGroup
 
 Say = Callable[[str], None]
+RACED = ("cma-es", "sep-cma-es")  # optimizers that use nothing but the order of the best mu candidates
+RACING_ITEMS = (
+    48  # of all tasks in one generation, below which the first of three rungs tells hardly anything
+)
 # lm-eval's `hf` model arguments that mean something for a model that is already in memory
 MODEL_ARGS = (
     "add_bos_token",
@@ -80,6 +84,7 @@ def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None) -> Prepa
     """
     chosen = _check_method(recipe)
     _check_model_args(recipe)
+    _check_optimizer(recipe)
     refs = _refs(recipe, folder)
     _check_tokenizer_source(recipe, refs)
     small = resolve_models(refs, say, weights=False)
@@ -118,6 +123,7 @@ def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None) -> Prepa
         genes=space.names,
         popsize=popsize,
         sigma0=recipe.search.sigma0 or default_sigma0(space.size),
+        search=_search_lock(recipe, space, tasks),
         seeds=Seeds(
             search=seed, items=seed, masks=seed, fewshot=recipe.evaluation.fewshot_seed, bootstrap=seed
         ),
@@ -125,6 +131,23 @@ def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None) -> Prepa
         tasks=tasks,
     )
     return Prepared(recipe, lock, space, groups, tuple(notes))
+
+
+def space_of(
+    recipe: Recipe, folder: Path, say: Say = lambda text: None
+) -> tuple[Space, tuple[ResolvedModel, ...]]:
+    """The search space of a recipe and its models, base first; its tasks are not looked at, nothing is hashed.
+
+    Raises:
+        RecipeError, CheckpointError: as `prepare`.
+    """
+    chosen = _check_method(recipe)
+    models = tuple(resolve_models(_refs(recipe, folder), say))
+    base = 0 if recipe.base_model is not None else None
+    sources = tuple(range(0 if base is None else 1, len(models)))
+    names = [model.name for model in models]
+    dtype = recipe.merge.dtype or _own_dtype(models[0])
+    return _space(recipe, chosen, _groups(models, []), names, base, sources, dtype), models
 
 
 def restore(recipe: Recipe, lock: Lock, say: Say = lambda text: None) -> Prepared:
@@ -204,6 +227,33 @@ def _check_model_args(recipe: Recipe) -> None:
         raise RecipeError(
             f"evaluation.model_args.dtype: expected auto, float32, bfloat16 or float16, found {dtype!r}"
         )
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    wanted = recipe.search.optimizer
+    if wanted not in OPTIMIZERS:
+        raise RecipeError(f"search.optimizer: unknown {wanted!r}; {nearest(wanted, OPTIMIZERS)}")
+    if recipe.search.racing == "on" and wanted not in RACED:
+        raise RecipeError(
+            f"search.racing: {wanted!r} needs the score of every candidate; racing is for {' and '.join(RACED)}"
+        )
+
+
+def _search_lock(recipe: Recipe, space: Space, tasks: Sequence[TaskLock]) -> SearchLock:
+    spec = recipe.search
+    met = sum(min(spec.items, len(task.roles["search"].items)) for task in tasks)
+    return SearchLock(
+        optimizer=spec.optimizer,
+        x0=tuple(float(x) for x in space.x0),
+        objective=spec.objective,
+        scale=spec.scale,
+        items=spec.items,
+        item_choice=spec.item_choice,
+        uniform_share=spec.uniform_share,
+        grow_items=spec.grow_items,
+        racing=spec.racing == "on"
+        or (spec.racing == "auto" and met >= RACING_ITEMS and spec.optimizer in RACED),
+    )
 
 
 def _refs(recipe: Recipe, folder: Path) -> list[ModelRef]:

@@ -149,7 +149,7 @@ def merging(console: Console, quiet: bool) -> Iterator[Callable[[int, int, int, 
 
 
 def _summary(fitness: Mapping[str, float | None]) -> str:
-    """Best and mean of a generation against the anchor, in units of the spread of the anchors."""
+    """Best and mean of a generation against the best anchor, in units of the search's scale."""
     values = [value for value in fitness.values() if value is not None]
     failed = len(fitness) - len(values)
     text = f"best {max(values):+.3f} mean {sum(values) / len(values):+.3f}" if values else "all failed"

@@ -68,11 +68,16 @@ class RoleSource(Strict):
 
 
 class TaskSpec(Strict):
-    """One task of the objective; what is not set here is as lm-eval's own task says."""
+    """One task of the objective; what is not set here is as lm-eval's own task says.
+
+    max_drop: a guard: how much of this task's score, in its own units (0.02 are 2 points of accuracy), a merge may lose
+    against the best parent on it; None: as much as the other tasks outweigh.
+    """
 
     task: str
     metric: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
+    max_drop: Annotated[float, Field(gt=0)] | None = None
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     cluster: str | None = None
     search: RoleSource = RoleSource()
@@ -98,16 +103,52 @@ class EvaluationSpec(Strict):
 
 
 class SearchSpec(Strict):
-    """How long and how to search. budget: candidates, anchors not counted; max_seconds: of merging and scoring."""
+    """How long and how to search.
+
+    budget: candidates, anchors not counted. max_seconds: of merging and scoring, for the whole search;
+    max_candidate_seconds: for one candidate on its search items, above which it counts as failed (found out after it
+    was scored: nothing is cut short in one process).
+    items: of each task that a generation meets. item_choice: `disagreement` draws items where parents and the uniform
+    merge score differently, uniform_share of the draws excepted, and weights them so that estimates stay unbiased.
+    grow_items: more items once two halves of a generation's items rank its candidates differently; costs more than
+    `validate` says. racing: clear losers of a generation are not scored to the end.
+    objective: what is maximised. smooth: probability of the right answer; metric: the claimed metric itself; margin:
+    log odds of the right answer (an ablation). scale: the unit in which a task's gain counts: `unit` as in the claim,
+    `anchors` relative to the spread of parents and uniform merge on it.
+    optimizer: see docs/design.md, "Optimizers" (older recipes say `algorithm`). warm_start: folder of a finished run or
+    a mergekit YAML whose merge the search starts from.
+    """
 
     budget: Positive = 200
     max_seconds: Annotated[float, Field(gt=0)] | None = None
+    max_candidate_seconds: Annotated[float, Field(gt=0)] | None = None
     popsize: Annotated[int, Field(ge=4)] | None = None
     sigma0: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     items: Positive = 64
-    objective: Literal["smooth", "metric"] = "smooth"
-    algorithm: Literal["cma-es", "random"] = "cma-es"
+    item_choice: Literal["uniform", "disagreement"] = "disagreement"
+    uniform_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    grow_items: bool = False
+    racing: Literal["on", "off", "auto"] = "auto"
+    objective: Literal["smooth", "metric", "margin"] = "smooth"
+    scale: Literal["unit", "anchors"] = "unit"
+    optimizer: str = "cma-es"
+    warm_start: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_words(cls, data: Any) -> Any:
+        """`algorithm` is what `optimizer` was called before; and YAML reads a bare on or off as true or false."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        if "algorithm" in data:
+            if "optimizer" in data:
+                raise ValueError("optimizer and algorithm are one key under two names; write optimizer alone")
+            data["optimizer"] = data.pop("algorithm")
+        if isinstance(data.get("racing"), bool):
+            data["racing"] = "on" if data["racing"] else "off"
+        return data
 
 
 class ClaimSpec(Strict):
@@ -149,6 +190,12 @@ class Recipe(Strict):
         for key in keys:
             if keys.count(key) > 1:
                 raise ValueError(f"task {key!r} is named {keys.count(key)} times; name each task once")
+        guarded = [task.task for task in self.tasks if task.max_drop is not None]
+        if guarded and self.search.objective == "margin":
+            raise ValueError(
+                f"max_drop of task {guarded[0]!r} is in units of its score, which search.objective: margin is not;"
+                " use smooth or metric"
+            )
         return self
 
     def digest(self) -> str:

@@ -34,33 +34,43 @@ def load_result(run: Path) -> dict[str, Any]:
 
 
 def result_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the final table; scores in percent, differences in points with 95% intervals."""
+    """Header and rows of the final table; scores in percent, differences in points with 95% intervals.
+
+    Tasks and `overall` are on test items; `on search items` stands beside it, for what a search score promises and a
+    test score does not keep. Empty where a baseline was not scored by the metric there.
+    """
     tasks = list(result["winner"]["tasks"])
     overall = {c["against"]: c for c in result["comparisons"] if "task" not in c}
-    header = ["", *tasks, "overall", "winner's lead", "95% interval"]
+    header = ["", *tasks, "overall", "on search items", "winner's lead", "95% interval"]
     rows = []
     for entry in result["baselines"]:
         c = overall[entry["name"]]
         rows.append(
             [
                 f"{entry['name']} ({entry['kind']})" if entry["kind"] == "parent" else entry["name"],
-                *(f"{100 * entry['tasks'][task]:.1f}" for task in tasks),
-                f"{100 * entry['score']:.1f}",
+                *_scores(entry, tasks),
                 f"{100 * c['difference']:+.1f}",
-                f"{100 * c['low']:+.1f} to {100 * c['high']:+.1f}",
+                _interval(c),
             ]
         )
     winner = result["winner"]
-    rows.append(
-        [
-            f"winner ({winner['id']})",
-            *(f"{100 * winner['tasks'][task]:.1f}" for task in tasks),
-            f"{100 * winner['score']:.1f}",
-            "",
-            "",
-        ]
-    )
+    rows.append([f"winner ({winner['id']})", *_scores(winner, tasks), "", ""])
     return header, rows
+
+
+def _scores(entry: dict[str, Any], tasks: Sequence[str]) -> list[str]:
+    searched = entry.get("search_score")
+    return [
+        *(f"{100 * entry['tasks'][task]:.1f}" for task in tasks),
+        f"{100 * entry['score']:.1f}",
+        "" if searched is None else f"{100 * searched:.1f}",
+    ]
+
+
+def _interval(c: dict[str, Any]) -> str:
+    if c["low"] is None or c["high"] is None:
+        return "unknown"
+    return f"{100 * c['low']:+.1f} to {100 * c['high']:+.1f}"
 
 
 def result_table(result: dict[str, Any]) -> Table:
@@ -77,16 +87,65 @@ def result_table(result: dict[str, Any]) -> Table:
 
 
 def result_words(result: dict[str, Any]) -> list[str]:
-    """The lines under the table: verdict and claim, search against test score, cost."""
-    cost, winner = result["cost"], result["winner"]
+    """The lines under the table: verdict and claim, tasks, exact tests, search against test score, cost."""
+    cost = result["cost"]
     seconds = cost["seconds"]
     return [
         f"verdict: {result['verdict']}: {result['claim']}",
-        f"search score {100 * winner['search_score']:.1f}, selection {100 * winner['select_score']:.1f}, test {100 * winner['score']:.1f}",
+        *_task_words(result),
+        *_test_words(result),
+        _shrinkage_words(result),
         "cost: "
         + f"{cost['candidates']} candidates, {cost['item_evaluations']} item evaluations, {seconds['total']:.0f} s"
         + f" (merge {seconds['merge']:.1f}, score {seconds['score']:.1f}, rest {seconds['rest']:.1f})",
     ]
+
+
+def _task_words(result: dict[str, Any]) -> list[str]:
+    """Per task, with intervals that hold together. "Better" on a task is said beside an overall `beats` only: tasks
+    looked at after an overall claim that failed would be a second chance."""
+    claims = result.get("task_claims", [])
+    if not claims:
+        return []
+    parts = []
+    for c in claims:
+        said = "worse" if c["worse"] else "better" if c["better"] and result["verdict"] == "beats" else ""
+        words = f"{c['task']} {100 * c['difference']:+.1f} ({_interval(c)}) to {c['against']}"
+        parts.append(f"{words}: {said}" if said else words)
+    return [f"by task, to its best baseline, 95% intervals that hold together (Holm): {'; '.join(parts)}"]
+
+
+def _test_words(result: dict[str, Any]) -> list[str]:
+    """Exact McNemar on the closest baseline of each 0/1 metric."""
+    parts = []
+    for task in result["winner"]["tasks"]:
+        # an overall comparison of one task is that task's
+        found = [c for c in result["comparisons"] if c.get("task") == task and c.get("test") == "mcnemar"]
+        if found:
+            c = min(found, key=lambda c: c["difference"])
+            parts.append(f"{task} {c['wins']} won, {c['losses']} lost to {c['against']}, p = {_p(c['p'])}")
+    return [f"exact McNemar test, two-sided, on the closest baseline: {'; '.join(parts)}"] if parts else []
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "under 0.001"
+
+
+def _shrinkage_words(result: dict[str, Any]) -> str:
+    """Search, select and test score of the winner, and how its lead over the best baseline shrank on the way."""
+    winner = result["winner"]
+    search, select, test = (100 * winner[k] for k in ("search_score", "select_score", "score"))
+    text = f"search score {search:.1f}, selection {select:.1f}, test {test:.1f}"
+    baselines = [b for b in result["baselines"] if b["name"] != winner["id"]]
+    if not baselines or any(b.get("search_score") is None for b in baselines):
+        return text
+    leads = [
+        100 * (winner[k] - max(b[of] for b in baselines))
+        for k, of in (("search_score", "search_score"), ("score", "score"))
+    ]
+    return (
+        f"{text}; lead over the best baseline {leads[0]:+.1f} on search items, {leads[1]:+.1f} on test items"
+    )
 
 
 def verdict_style(result: dict[str, Any]) -> str:
@@ -154,7 +213,8 @@ def _convergence(folder: RunFolder, lock: Lock, journal: Journal) -> Path:
         span = max(values[-1], 0.0) - low or 1.0
         axes.set_ylim(low - 0.1 * span, max(values[-1], 0.0) + 0.1 * span)
     axes.set_xlabel(f"generation ({lock.popsize} candidates each)")
-    axes.set_ylabel("gain on search items\n(in spreads of the anchors)")
+    unit = "in units of the score" if lock.search.scale == "unit" else "in spreads of the anchors"
+    axes.set_ylabel(f"gain on search items\n({unit})")
     axes.set_title("Search progress", loc="left")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)

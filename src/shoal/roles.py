@@ -128,6 +128,7 @@ def _lock_task(spec: TaskSpec, catalogue: Catalogue) -> TaskLock:
         num_fewshot=number,
         version=main.version,
         eval_split=main.eval_split,
+        max_drop=spec.max_drop,
         search_on_eval_split=any(
             where[role][1] == splits[where[role]].source.eval_split for role in ROLES if role != "test"
         ),

@@ -1,15 +1,31 @@
 """Intervals cover what they say, at the null almost nothing is "better", and verdicts follow the ordered rules."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from scipy.stats import binom, binomtest, bootstrap, kurtosis, norm, skew
+from scipy.stats import t as student
 
 from shoal.errors import EvaluationError
-from shoal.search import Comparison, TaskSamples, compare, mcnemar_exact, non_inferior, verdict
-from shoal.search.bootstrap import FEW, _sign_flip
+from shoal.search import (
+    Comparison,
+    Contrast,
+    Guard,
+    TaskSamples,
+    compare,
+    contrast,
+    guard,
+    mcnemar_exact,
+    non_inferior,
+    verdict,
+)
+from shoal.search.bootstrap import FEW, planned
+from shoal.search.claims import same_model
+from shoal.search.exact import sign_flip
+from shoal.search.strata import DISTINCT, mean_stratum, multiplicities, ratios
 
 
 def samples(
@@ -89,7 +105,9 @@ def test_the_difference_is_paired_weighted_and_flipped() -> None:
     assert (overall.n, overall.clusters, overall.task, overall.against) == (6, 6, None, "base")
     assert (overall.wins, overall.losses) == (4, 0)
     one = compare(tasks, "base", task="ppl")
-    assert one.difference == one.low == one.high == 0.5 and (one.n, one.task) == (2, "ppl")
+    # two items that agree prove nothing: a fair coin does so half of the time
+    assert (one.difference, one.low, one.high, one.n, one.task) == (0.5, 0.0, 0.5, 2, "ppl")
+    assert one.method == "constant+exact" and "p = 0.500" in one.why
     assert compare(tasks, "base", task="ignored").difference == 9.0
 
 
@@ -127,39 +145,123 @@ def test_the_same_call_gives_the_same_interval_and_another_seed_nearly() -> None
     assert (first.low, first.high) == pytest.approx((other.low, other.high), abs=0.005)
 
 
-def test_bca_agrees_with_scipys_on_a_skewed_sample() -> None:
-    values = np.random.default_rng(8).exponential(size=30) ** 2
-    found = compare([samples(values, np.zeros(30))], "base", resamples=50_000)
+def test_bca_agrees_with_scipys_but_for_students_t() -> None:
+    # few kinds of clusters: too few values to count as continuous
+    values = np.round(np.random.default_rng(8).exponential(size=160) ** 2, 0)
+    assert len(np.unique(values)) < DISTINCT
+    found = compare([samples(values, np.zeros(160))], "base", resamples=50_000)
+    # the expanded tail of Hesterberg 2015, with degrees of freedom from the kurtosis
+    freedom = 2 * 159 / max(2.0, kurtosis(values, fisher=False) - 1 - skew(values) ** 2)
+    tail = norm.cdf(-math.sqrt(160 / 159) * student.ppf(0.975, freedom))
     theirs, plain = (
-        bootstrap((values,), np.mean, n_resamples=50_000, method=method, rng=np.random.default_rng(0))
-        for method in ("BCa", "percentile")
+        bootstrap(
+            (values,),
+            np.mean,
+            n_resamples=50_000,
+            method=method,
+            confidence_level=level,
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        for method, level in (("BCa", 1 - 2 * tail), ("percentile", 0.95))
     )
-    expected = theirs.confidence_interval
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=0.02)
-    assert found.low > 1.06 * plain.confidence_interval.low
-    assert found.high > 1.06 * plain.confidence_interval.high
+    assert found.method == "bca" and found.why == ""
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), rel=0.02)
+    assert found.low > 1.04 * plain.low and found.high > 1.04 * plain.high
+
+
+def test_skewed_continuous_metrics_are_studentized() -> None:
+    values = np.random.default_rng(8).exponential(size=200)
+    found = compare([samples(values, np.zeros(200))], "base", resamples=20_000)
+    assert found.method == "studentized" and "acceleration +0.0" in found.why
+    # bootstrap-t by hand, Efron & Tibshirani 1993, section 12.5
+    drawn = values[np.random.default_rng(1).integers(0, 200, size=(20_000, 200))]
+    pivots = (drawn.mean(axis=1) - values.mean()) / (drawn.std(axis=1) / 200**0.5)
+    error = values.std() / 200**0.5
+    low, high = (values.mean() - error * q for q in np.quantile(pivots, [0.975, 0.025]))
+    assert (found.low, found.high) == pytest.approx((low, high), rel=0.01)
+    assert high - values.mean() > 1.1 * (values.mean() - low)
+    assert found.error == pytest.approx(error)
+    symmetric = compare([samples(np.random.default_rng(8).normal(1, 1, 200), np.zeros(200))], "base")
+    assert symmetric.method == "percentile" and "no skewness" in symmetric.why
+
+
+def test_few_clusters_get_the_width_of_students_t() -> None:
+    values = np.random.default_rng(1).normal(0, 1, 12)
+    found = compare([samples(values, np.zeros(12))], "base", resamples=50_000)
+    assert found.high - found.low > 2 * student.ppf(0.975, 11) * values.std(ddof=1) / 12**0.5
+
+
+def test_degrees_of_freedom_follow_the_kurtosis() -> None:
+    normal = np.random.default_rng(0).normal(size=400)
+    wins = np.repeat([1.0, 0.0], [12, 388])
+    mixed = np.repeat([1.0, -1.0, 0.0], [6, 6, 388])
+
+    def inflation(differences: np.ndarray) -> tuple[float, float]:
+        stratum = mean_stratum(differences, [np.array([i]) for i in range(400)], True)
+        return planned([stratum], [1.0], 0)._inflation
+
+    factors, freedoms = zip(*map(inflation, (normal, wins, mixed)), strict=True)
+    assert factors == pytest.approx([400 / 399] * 3)
+    # wins only are Bernoulli, whose variance follows from its mean; 12 of both signs tell little of theirs
+    assert freedoms == pytest.approx((399, 399, 2 * 399 / (400 / 12 - 1)), rel=0.2)
 
 
 def test_bca_needs_ten_discordant_clusters() -> None:
     assert FEW == 10
-    assert compare([samples(*outcomes(9, 0, 91))], "base").method == "percentile"
+    few = compare([samples(*outcomes(9, 0, 91))], "base")
+    assert few.method == "percentile" and few.why == "9 discordant clusters, BCa needs 10"
     assert compare([samples(*outcomes(10, 0, 90))], "base").method == "bca"
 
 
 @pytest.mark.parametrize(
-    ("wins", "losses"), [(5, 0), (6, 0), (8, 2), (9, 1), (14, 6), (15, 5), (0, 5), (0, 6)]
+    ("wins", "losses"), [(5, 0), (6, 0), (8, 1), (7, 2), (8, 2), (9, 1), (14, 6), (15, 5), (0, 5), (0, 6)]
 )
 def test_no_interval_excludes_zero_where_the_exact_test_does_not(wins: int, losses: int) -> None:
     found = compare([samples(*outcomes(wins, losses, 80))], "base")
-    assert (found.low > 0 or found.high < 0) == (mcnemar_exact(wins, losses) <= 0.05)
+    p = mcnemar_exact(wins, losses, mid=wins + losses >= FEW)
+    assert (found.low > 0 or found.high < 0) == (p <= 0.05)
     assert found.low <= found.difference <= found.high and found.low < found.high
+    assert (found.p, found.test) == (binomtest(wins, wins + losses).pvalue, "mcnemar")
+    assert ("+exact" in found.method) == ("exact test" in found.why)
+
+
+@pytest.mark.parametrize("items", [50, 400])
+def test_no_difference_seen_is_not_no_difference(items: int) -> None:
+    winner, other = outcomes(0, 0, items)
+    found = compare([samples(winner, other)], "base")
+    assert (found.difference, found.method) == (0.0, "percentile") and "0 discordant" in found.why
+    # as wide as Bonett & Price's interval: one win and one loss among two more items
+    half = 1.96 * math.sqrt(2 / (items + 2)) / math.sqrt(items + 2)
+    assert found.high == -found.low == pytest.approx(half, rel=0.15)
+    assert verdict(False, [found]) == ("underpowered" if items == 50 else "ties")
+    itself = same_model([samples(winner, other)], "base")
+    assert (itself.difference, itself.low, itself.high) == (0.0, 0.0, 0.0) and itself.why == "the same model"
+
+
+def test_mcnemar_is_for_single_items_of_one_metric() -> None:
+    winner, other = outcomes(30, 10, 60)
+    assert compare([samples(winner, other)], "base").test == "mcnemar"
+    assert compare([samples(winner, other, clusters=np.arange(100) // 2)], "base").test == "sign flip"
+    assert compare([samples(winner * 0.5, other)], "base").test == "sign flip"
+    two = [samples(winner, other), samples(winner, other, task="gsm")]
+    assert compare(two, "base").test == "sign flip" and compare(two, "base", task="gsm").test == "mcnemar"
 
 
 def test_the_sign_flip_test_is_the_same_exact_and_drawn() -> None:
     sizes = np.array([0.3, -0.1, 0.5, 0.2, 0.4, -0.05, 0.25, 0.15, 0.6, 0.35, 0.1, 0.45])
     padded = np.concatenate([sizes, [1e-15]])  # a 13th of no weight: by draws
-    assert _sign_flip(sizes, 0) == pytest.approx(_sign_flip(padded, 0), abs=0.005)
-    assert _sign_flip(np.full(20, 0.1), 0) == mcnemar_exact(20, 0)
+    for mid in (False, True):
+        assert sign_flip(sizes, 0, mid=mid) == pytest.approx(sign_flip(padded, 0, mid=mid), abs=0.005)
+    assert sign_flip(np.full(20, 0.1), 0) == mcnemar_exact(20, 0)
+    # two sizes: p by summing over both binomials
+    wins, total = (14, 5), (20, 8)
+    weighed = np.repeat([0.1, -0.1, 0.7, -0.7], [wins[0], total[0] - wins[0], wins[1], total[1] - wins[1]])
+    i, j = np.meshgrid(np.arange(21), np.arange(9), indexing="ij")
+    sums = np.abs((2 * i - 20) * 0.1 + (2 * j - 8) * 0.7)
+    chance = binom.pmf(i, 20, 0.5) * binom.pmf(j, 8, 0.5)
+    above, equal = (float(chance[m].sum()) for m in (sums > 2.2 + 1e-9, np.abs(sums - 2.2) <= 1e-9))
+    assert sign_flip(weighed, 0, draws=200_000) == pytest.approx(above + equal, abs=0.004)
+    assert sign_flip(weighed, 0, draws=200_000, mid=True) == pytest.approx(above + equal / 2, abs=0.004)
 
 
 def test_items_of_one_cluster_are_no_independent_evidence() -> None:
@@ -182,8 +284,13 @@ def test_clusters_may_be_scattered_and_of_different_size() -> None:
     # by hand: clusters have sums 2, 0, 1.5, 0 and sizes 2, 2, 3, 1; all 4^4 resamples
     sums, sizes = np.array([2, 0, 1.5, 0]), np.array([2.0, 2, 3, 1])
     every = np.stack(np.meshgrid(*[range(4)] * 4), axis=-1).reshape(-1, 4)
-    ratios = sums[every].sum(axis=1) / sizes[every].sum(axis=1)
-    assert found.high == pytest.approx(np.quantile(ratios, 0.975), abs=1e-9)
+    ratios = np.sort(sums[every].sum(axis=1) / sizes[every].sum(axis=1))
+    lower = [
+        compare([samples(winner, np.zeros(8), clusters=labels)], "base", 50_000, level=v) for v in (0.5, 0.8)
+    ]
+    tails = [norm.cdf(math.sqrt(4 / 3) * student.ppf((1 + v) / 2, 3)) for v in (0.5, 0.8)]
+    assert [c.high for c in lower] == pytest.approx([np.quantile(ratios, t) for t in tails], abs=0.003)
+    assert found.method == "percentile" and found.high > np.quantile(ratios, 0.975)
     assert found.low == 0.0 and found.difference == pytest.approx(3.5 / 8)
 
 
@@ -263,6 +370,74 @@ def test_the_margin_decides_what_ties() -> None:
     assert verdict(False, [interval(-0.02, 0.02)], margin=0.02) == "ties"
     assert verdict(False, [interval(-0.02, 0.02)], margin=0.019) == "underpowered"
     assert non_inferior(interval(-0.019, 0.0), 0.02) and not non_inferior(interval(-0.02, 0.5), 0.02)
+
+
+def guarded(wins: int, losses: int, same: int = 300, against: str = "base") -> Contrast:
+    winner, other = outcomes(wins, losses, same)
+    task = TaskSamples("safety", 1.0, True, winner, {against: other}, [str(i) for i in range(len(winner))])
+    return contrast([task], against, task="safety")
+
+
+def test_a_guard_is_a_one_sided_test_against_every_parent() -> None:
+    held = guard([guarded(20, 20), guarded(30, 10, against="expert")], 0.04)
+    assert held.holds and not held.broken
+    assert (held.task, held.against, held.difference) == ("safety", "base", 0.0)
+    # 5% one-sided: 1.645 standard errors of 40 discordant items in 340
+    assert held.low == pytest.approx(-1.645 * 40**0.5 / 340, rel=0.06)
+    tight = guard([guarded(20, 20), guarded(30, 10, against="expert")], 0.02)
+    assert not tight.holds and not tight.broken
+    lost = guard([guarded(20, 20), guarded(5, 60, against="expert")], 0.05)
+    assert not lost.holds and lost.broken and lost.against == "expert"
+    with pytest.raises(EvaluationError, match="a contrast per parent"):
+        guard([], 0.02)
+    with pytest.raises(EvaluationError, match="max_drop > 0"):
+        guard([guarded(20, 20)], 0.0)
+
+
+def test_a_guard_that_fails_takes_beats_away_and_nothing_else() -> None:
+    holds, open_, broken = (
+        Guard("safety", 0.02, "base", d, low, h, b)
+        for d, low, h, b in (
+            (0.0, -0.01, True, False),
+            (0.0, -0.03, False, False),
+            (-0.09, -0.1, False, True),
+        )
+    )
+    better = [interval(0.01, 0.1)]
+    assert verdict(False, better, guards=[holds, holds]) == "beats"
+    assert verdict(False, better, guards=[holds, open_]) == "underpowered"
+    assert verdict(False, better, guards=[holds, open_, broken]) == "worse"
+    for comparisons, expected in VERDICTS:
+        if expected != "beats":
+            assert verdict(False, comparisons, guards=[broken, open_]) == expected
+    assert verdict(True, better, guards=[broken]) == "ties"
+
+
+def test_both_ways_of_drawing_give_one_distribution() -> None:
+    generator = np.random.default_rng(0)
+    differences = generator.choice([-1.0, 0.0, 1.0], size=400, p=[0.1, 0.75, 0.15])
+    stratum = mean_stratum(differences, [np.array([i]) for i in range(400)], True)
+    by_kind, spread = stratum.resample(np.random.default_rng(1), 20_000)
+    counts = multiplicities(np.random.default_rng(2), 20_000, 400)
+    assert (counts.sum(axis=1) == 400).all()
+    by_item, variances = ratios(counts, differences, np.ones(400))
+    levels = [0.025, 0.25, 0.5, 0.75, 0.975]
+    assert np.quantile(by_kind, levels) == pytest.approx(np.quantile(by_item, levels), abs=0.0026)
+    assert spread.mean() == pytest.approx(variances.mean(), rel=0.01)
+    assert variances.mean() == pytest.approx(by_item.var(), rel=0.03)
+    assert stratum.variance == pytest.approx(differences.var() / 400)
+
+
+def test_variances_of_resampled_ratios_are_the_linearised_ones() -> None:
+    sums, sizes = np.array([2.0, 0.0, -1.0, 3.0]), np.array([2.0, 1.0, 3.0, 4.0])
+    counts = np.array([[1.0, 1, 1, 1], [0, 2, 1, 1]])
+    means, variances = ratios(counts, sums, sizes)
+    assert means == pytest.approx([0.4, 2 / 9])
+    residual = sums - 0.4 * sizes
+    assert variances[0] == pytest.approx((residual**2).sum() / 100)
+    wide = ratios(counts, np.stack([sums, 2 * sums], axis=1), sizes)
+    assert wide[0] == pytest.approx(np.stack([means, 2 * means], axis=1))
+    assert wide[1] == pytest.approx(np.stack([variances, 4 * variances], axis=1))
 
 
 def test_nothing_follows_from_no_comparison() -> None:

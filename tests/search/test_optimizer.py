@@ -1,5 +1,6 @@
 """Ask/tell: order, scaling, failures, replay, and that cma touches nothing outside itself."""
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -11,9 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoal.errors import ShoalError
-from shoal.search import CMAES, Optimizer, RandomSearch, default_popsize, default_sigma0
-from shoal.search.optimizer import _Randn
+from shoal.errors import RecipeError, ShoalError
+from shoal.search import CMAES, Optimizer, RandomSearch, default_popsize, default_sigma0, make_space
+from shoal.search.baselines import Grid, common_directions
+from shoal.search.cmaes import _Randn
+from shoal.search.nsga2 import NSGA2
+from shoal.search.optimizer import OPTIMIZERS, Start, make_optimizer, warm_sigma0
+from shoal.types import ParameterSpec, TensorGroup
 
 LOW, HIGH = np.array([-0.2, 0.1, -1.0]), np.array([1.5, 1.0, 3.0])
 X0 = np.array([0.4, 0.5, 0.0])
@@ -156,6 +161,26 @@ def test_a_failed_candidate_counts_as_worse_than_the_worst() -> None:
     assert told["nan"] == told["worst"] != told["better"]
 
 
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_failed_candidates_shape_nothing_and_attract_nothing(diagonal: bool) -> None:
+    # where failed candidates lie must not matter: neither to the negative update nor, where too few are left, to the mean
+    for alive in (5, 2, 1):
+        after = []
+        for moved in (0.0, 0.3):
+            optimizer = CMAES(LOW, HIGH, X0, seed=1, diagonal=diagonal)
+            genomes = optimizer.ask()
+            for solution in optimizer._solutions[alive:]:
+                solution += moved * (0.5 - solution)
+            shifted = optimizer._asked.ask(np.array(optimizer._solutions))
+            optimizer.tell(shifted, [float(i) for i in range(alive)] + [math.nan] * (7 - alive))
+            after.append((optimizer.mean, optimizer.covariance, genomes[:alive]))
+        assert np.allclose(after[0][0], after[1][0], rtol=0, atol=1e-12)
+        assert np.allclose(after[0][1], after[1][1], rtol=0, atol=1e-12)
+        if alive == 1:  # towards the only one that is known, not onto it
+            step, way = after[0][0] - X0, after[0][2][0] - X0
+            assert 0 < step @ way < way @ way
+
+
 def test_a_generation_that_failed_as_a_whole_leaves_the_distribution_and_draws_again() -> None:
     optimizer = CMAES(LOW, HIGH, X0, seed=1)
     first = run(optimizer, sphere, 3)[-1]
@@ -167,7 +192,11 @@ def test_a_generation_that_failed_as_a_whole_leaves_the_distribution_and_draws_a
     assert not np.array_equal(again, failed) and not np.array_equal(again, first)
 
 
-@pytest.mark.parametrize("make", [CMAES, RandomSearch])
+def _grid(low: np.ndarray, high: np.ndarray, x0: np.ndarray, seed: int = 0) -> Optimizer:
+    return Grid(low, high, x0, directions=np.eye(3)[:2])
+
+
+@pytest.mark.parametrize("make", [CMAES, RandomSearch, _grid])
 def test_order_and_shapes_are_checked(make: Callable[..., Optimizer]) -> None:
     optimizer = make(LOW, HIGH, X0, seed=0)
     with pytest.raises(RuntimeError, match="nothing was asked"):
@@ -256,3 +285,190 @@ def test_cma_beats_random_search_at_equal_cost() -> None:
 def test_importing_search_imports_neither_cma_nor_torch() -> None:
     code = "import sys, shoal.search; sys.exit(bool({'cma', 'torch', 'scipy.stats'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+NEEDS_PYMOO = pytest.mark.skipif(
+    importlib.util.find_spec("pymoo") is None, reason="needs pymoo: pip install 'shoal[pareto]'"
+)
+NAMES = [pytest.param(n, marks=NEEDS_PYMOO) if n == "nsga2" else n for n in OPTIMIZERS]
+
+
+def start(**changes: object) -> Start:
+    arguments: dict[str, object] = {
+        "low": LOW,
+        "high": HIGH,
+        "x0": X0,
+        "seed": 5,
+        "directions": np.eye(3)[[0, 2]],
+    }
+    return Start(**{**arguments, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_replays_with_failures_and_leaves_numpys_random_numbers_alone(name: str) -> None:
+    noise, journal = np.random.default_rng(0), []
+    np.random.seed(3)
+    before = np.random.get_state()[1].copy()
+    optimizer = make_optimizer(name, start())
+    for generation in range(12):
+        genomes = optimizer.ask()
+        fitness = np.round(noise.normal(size=(optimizer.popsize, 2)), 1)
+        fitness[noise.random(optimizer.popsize) < (1.0 if generation == 4 else 0.2), 0] = math.nan
+        told = fitness if name == "nsga2" else fitness[:, 0]
+        optimizer.tell(genomes, told)
+        journal.append((json.loads(json.dumps(genomes.tolist())), told.tolist()))
+        assert genomes.shape == (7, 3) and (genomes >= LOW).all() and (genomes <= HIGH).all()
+    assert optimizer.generation == 12 and (LOW <= optimizer.mean).all() and (optimizer.mean <= HIGH).all()
+    np.random.seed(4)
+    again = make_optimizer(name, start())
+    for told_genomes, told in journal:
+        again.ask()
+        again.tell(told_genomes, told)
+    assert np.array_equal(again.ask(), optimizer.ask()) and np.array_equal(again.mean, optimizer.mean)
+    np.random.seed(3)
+    assert (np.random.get_state()[1] == before).all()
+
+
+def test_an_unknown_optimizer_is_an_error_that_lists_the_valid_names() -> None:
+    with pytest.raises(RecipeError, match=r"search.algorithm: unknown 'cmaes'; did you mean 'cma-es'"):
+        make_optimizer("cmaes", start())
+
+
+def test_a_warm_start_begins_nearer() -> None:
+    warm = make_optimizer("cma-es", start(sigma0=warm_sigma0(3))).ask() - X0
+    cold = make_optimizer("cma-es", start()).ask() - X0
+    assert np.allclose(warm, 0.3 * cold, rtol=0.05)
+    assert warm_sigma0(3) == pytest.approx(0.3 * default_sigma0(3))
+
+
+def test_separable_cmaes_learns_scales_faster_and_no_interactions() -> None:
+    n = 40
+    scale = 10 ** np.linspace(0, 1.5, n)
+
+    def worth(genomes: np.ndarray) -> np.ndarray:
+        return -((scale * (genomes - 0.4)) ** 2).sum(axis=1)
+
+    found = []
+    for diagonal in (False, True):
+        optimizer = CMAES(np.zeros(n), np.ones(n), np.full(n, 0.6), seed=0, diagonal=diagonal)
+        run(optimizer, worth, 120)
+        found.append(float(worth(optimizer.mean[None])[0]))
+    assert found[1] > found[0]
+    assert np.array_equal(optimizer.covariance, np.diag(np.diag(optimizer.covariance)))
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_given_covariance_is_what_is_sampled(diagonal: bool) -> None:
+    wanted = np.array([[0.02, 0.01, 0.0], [0.01, 0.03, 0.0], [0.0, 0.0, 0.1]])
+    asked = np.concatenate(
+        [CMAES(LOW, HIGH, X0, seed=s, diagonal=diagonal, covariance=wanted).ask() for s in range(400)]
+    )
+    expected = np.diag(np.diag(wanted)) if diagonal else wanted
+    assert np.allclose(
+        CMAES(LOW, HIGH, X0, seed=0, diagonal=diagonal, covariance=wanted).covariance, expected
+    )
+    assert np.allclose(np.cov(asked.T), expected, rtol=0.15, atol=0.002)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"covariance": np.eye(2)}, r"positive definite matrix \(3, 3\), found shape \(2, 2\)"),
+        ({"covariance": -np.eye(3)}, "positive definite"),
+        ({"covariance": np.eye(3), "sigma0": 0.1}, "give one of the two"),
+    ],
+)
+def test_a_covariance_that_is_none_is_an_error(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ShoalError, match=message):
+        make_optimizer("cma-es", start(**change))
+
+
+def test_the_grid_covers_common_weights_evenly_however_long_it_runs() -> None:
+    optimizer = Grid(LOW, HIGH, X0, directions=np.eye(3)[[0, 2]])
+    asked = np.concatenate(run(optimizer, sphere, 12))
+    assert (asked[:, 1] == 0.0).all() if X0[1] == 0.0 else (asked[:, 1] == X0[1]).all()
+    unit = (asked[:, [0, 2]] - LOW[[0, 2]]) / (HIGH - LOW)[[0, 2]]
+    for count in (16, 40, 84):
+        counts = np.histogram2d(*unit[:count].T, bins=2, range=[[0, 1], [0, 1]])[0]
+        assert counts.max() - counts.min() <= 4
+    assert optimizer.mean.tolist() == asked[np.argmax(sphere(asked))].tolist()
+
+
+def test_a_common_weight_reaches_every_group_of_every_shape() -> None:
+    groups = [TensorGroup(f"layers.{i}.{k}", i, k, (f"{i}.{k}",)) for i in range(4) for k in ("attn", "mlp")]  # type: ignore[arg-type]
+    groups.append(TensorGroup("embed", None, "embed", ("embed",)))
+    weight = ParameterSpec("weight", "source", -0.2, 1.5, default=None)
+    density = ParameterSpec("density", "source", 0.1, 1.0, 0.5, domain=(0.0, 1.0))
+    for shape in ("uniform", "blocks", "layers", "curve"):
+        space = make_space(
+            shape,  # type: ignore[arg-type]
+            groups, ("base", "a", "b"), 0, (1, 2), "ties@1", (weight, density),
+            tensor_types=("attn", "mlp"), dtype="float32", seed=0,
+        )  # fmt: skip
+        optimizer = Grid(space.low, space.high, space.x0, directions=common_directions(space))
+        for genome in optimizer.ask():
+            plan = space.decode(genome)
+            for source in (0, 1):
+                values = [g.sources[source].parameters["weight"] for g in plan.groups]
+                assert np.ptp(values) <= 1e-12 and -0.2 <= values[0] <= 1.5
+                assert {g.sources[source].parameters["density"] for g in plan.groups} == {0.5}
+
+
+@pytest.mark.parametrize("directions", [[], [[1, 0]], [[1, 1, 0], [0, 1, 0]], [[0, 0, 0]], [[-1, 0, 0]]])
+def test_directions_that_do_not_fit_are_an_error(directions: list[object]) -> None:
+    with pytest.raises(ShoalError, match="grid: "):
+        make_optimizer("grid", start(directions=directions))
+
+
+@NEEDS_PYMOO
+def test_nsga2_spreads_over_the_front_of_two_goals() -> None:
+    goals = np.array([[0.2, 0.3, 0.0], [1.2, 0.3, 0.0]])
+
+    def worth(genomes: np.ndarray) -> np.ndarray:
+        return np.stack([-((genomes - g) ** 2).sum(axis=1) for g in goals], axis=1)
+
+    optimizer = NSGA2(LOW, HIGH, X0, objectives=2, popsize=16, seed=1)
+    run(optimizer, worth, 60)
+    genomes, values = optimizer.front
+    assert len(genomes) == 16 and np.array_equal(values, worth(genomes))
+    assert np.abs(genomes[:, 1:] - goals[0, 1:]).max() < 0.1
+    assert np.histogram(genomes[:, 0], bins=4, range=(0.2, 1.2))[0].min() >= 1
+    for a in values:
+        assert not ((values >= a).all(axis=1) & (values > a).any(axis=1)).any()
+    assert optimizer.mean.tolist() == genomes[np.argmax(values.sum(axis=1))].tolist()
+
+
+@NEEDS_PYMOO
+def test_nsga2_checks_its_objectives_and_survives_failures_of_all() -> None:
+    with pytest.raises(ShoalError, match="two or more objectives, found 1; use cma-es"):
+        make_optimizer("nsga2", start(objectives=1))
+    optimizer = make_optimizer("nsga2", start())
+    genomes = optimizer.ask()
+    with pytest.raises(ShoalError, match=r"fitness \(7, 2\), found \(7, 3\) and \(7,\)"):
+        optimizer.tell(genomes, np.zeros(7))
+    optimizer.tell(genomes, np.full((7, 2), math.nan))
+    assert optimizer.mean.tolist() == X0.tolist()
+    genomes = optimizer.ask()
+    optimizer.tell(genomes, [[math.nan, 1.0]] * 6 + [[0.0, 0.0]])
+    assert optimizer.mean == pytest.approx(genomes[6], abs=1e-12)
+
+
+def test_nsga2_without_pymoo_names_the_extra() -> None:
+    code = """
+import sys
+sys.modules["pymoo.algorithms.moo.nsga2"] = None
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pymoo" or name.startswith("pymoo."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name="pymoo")
+sys.meta_path.insert(0, Missing())
+del sys.modules["pymoo.algorithms.moo.nsga2"]
+from shoal.errors import ShoalError
+from shoal.search.nsga2 import NSGA2
+try:
+    NSGA2([0, 0], [1, 1], [0.5, 0.5], objectives=2, seed=0)
+except ShoalError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "nsga2 needs pymoo: pip install 'shoal[pareto]'"
