@@ -16,9 +16,7 @@ from scipy import stats
 from shoal.search.fitness import Scores, task_difference
 
 WINDOW = 3  # generations that count as recent
-POINTS = (
-    20  # candidates below which generations say nothing: tau of 20 random rankings has a deviation of 0.16
-)
+POINTS = 20  # anchors and candidates below which tau says nothing: by chance its deviation is 0.16
 AGAINST = 0.1  # level of the one-sided test that tau is negative
 RESOLVED = 2.0  # standard errors by which two anchors must differ to be told apart
 GROW_BELOW = 0.3  # rank correlation of two halves of a generation's items

@@ -244,7 +244,8 @@ def _method(
     if discordant < FEW:
         return "percentile", f"{discordant} discordant clusters, BCa needs {FEW}"
     skew, error = acceleration(influences, clusters), acceleration_error(influences, clusters)
-    if not abs(skew) > SHOWN * error:
+    # what is no mean may be biased, which BCa corrects as well
+    if not abs(skew) > SHOWN * error and all(s.linear for s in strata):
         return "percentile", "no skewness shows that BCa would correct"
     if abs(skew) >= SKEWED and all(s.continuous for s in strata):
         return "studentized", f"skewed differences (acceleration {skew:+.3f})"

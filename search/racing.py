@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from shoal.errors import ShoalError
 from shoal.search.fitness import ItemWeights, Scores, paired_estimate
@@ -49,7 +49,7 @@ def survivors(
     for name in ranked[mu:]:
         lead = paired_estimate(scores[ranked[mu - 1]], scores[name], weights, scales, item_weights)
         freedom = lead.items - sum(1 for weight in weights.values() if weight > 0)
-        if freedom < 1 or not lead.mean > float(stats.t.ppf(1 - level, freedom)) * lead.error:
+        if freedom < 1 or not lead.mean > float(stdtrit(freedom, 1 - level)) * lead.error:
             kept.append(name)
     return kept
 

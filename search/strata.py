@@ -31,7 +31,7 @@ class Stratum:
     point: the difference winner - other, positive where the winner is better. influence: [C], infinitesimal
     or finite jackknife, mean 0, per cluster; empty where it would cost too much. swaps: [C], by how much the
     difference falls, halved, when winner and other trade places in a cluster; 0 where they agree, empty as
-    well. most: resamples that are affordable. continuous: the metric is not 0/1 and clusters take many values. resample: (generator,
+    well. most: resamples that are affordable. continuous: the metric is not 0/1 and clusters take many values. linear: it is a mean, whose bootstrap has no bias. resample: (generator,
     number) -> resampled differences and their variances (empty where there are none). smoothed: the same with
     one win and one loss of one item added, None for a metric that is not 0/1.
     """
@@ -42,6 +42,7 @@ class Stratum:
     swaps: Floats
     most: float
     continuous: bool
+    linear: bool
     resample: Resample
     smoothed: Resample | None = None
 
@@ -71,6 +72,7 @@ def mean_stratum(differences: Floats, members: Members, binary: bool) -> Stratum
         swaps=sums / sizes.sum(),
         most=math.inf,
         continuous=not binary and kinds >= max(DISTINCT, len(sums) / 4),
+        linear=True,
         resample=_drawn(sums, sizes),
         smoothed=smoothed,
     )
@@ -139,7 +141,7 @@ def aggregate_stratum(
     most = max(200, AGGREGATED // n)
     if total == 1 or total * n > AGGREGATED:
         swaps = np.array([point]) if total == 1 else np.empty(0)
-        return Stratum(total, point, np.empty(0), swaps, most, False, resample)
+        return Stratum(total, point, np.empty(0), swaps, most, False, False, resample)
     swaps, left_out = np.zeros(total), np.empty(total)
     for i, cluster in enumerate(items):
         rest = items[:i] + items[i + 1 :]
@@ -147,4 +149,4 @@ def aggregate_stratum(
         if any(a != b for a, b in cluster):
             swaps[i] = (point - difference([*rest, [(b, a) for a, b in cluster]])) / 2
     influence = (total - 1) * (left_out.mean() - left_out)
-    return Stratum(total, point, influence, swaps, most, False, resample)
+    return Stratum(total, point, influence, swaps, most, False, False, resample)

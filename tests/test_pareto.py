@@ -33,7 +33,9 @@ def run(pico: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of three generations, with a third task that is generated."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     tasks = [{"task": task, "metric": "acc"} for task in TASKS] + [{"task": "pico_write"}]
-    evolve(parse_recipe(yaml.safe_dump(pico.recipe(tasks=tasks))), folder, device="cpu")
+    recipe = pico.recipe(tasks=tasks)
+    recipe["search"]["item_choice"] = "uniform"  # another test has weights
+    evolve(parse_recipe(yaml.safe_dump(recipe)), folder, device="cpu")
     return folder
 
 

@@ -199,7 +199,7 @@ def test_an_objective_that_no_longer_ranks_as_the_metric_is_given_up_and_the_swi
     assert courses[-1]["objectives"] == {"pico_choice": "metric", "pico_next": "smooth"}
     switched = next(c for c in courses if c["objectives"]["pico_choice"] == "metric")
     agreed = switched["agreement"]["pico_choice"]
-    assert agreed["anchors"] < 0 or (agreed["points"] >= 20 and agreed["tau"] <= 0)
+    assert agreed["anchors"] < 0 or (agreed["points"] >= 20 and agreed["p"] <= 0.1)
     assert agreed["tau"] < 0 < switched["agreement"]["pico_next"]["tau"]
     after = switched["generation"]
     assert all(c["objectives"]["pico_choice"] == "metric" for c in courses[after:])
@@ -273,7 +273,7 @@ def test_items_grow_when_halves_of_a_generation_rank_differently(pico: Any, tmp_
 
         return replace(done, scores=tuple(replace(s, objective=value(s.item)) for s in done.scores))
 
-    search = SEARCH | {"budget": 24, "grow_items": True}
+    search = SEARCH | {"budget": 64, "popsize": 8, "grow_items": True}
     evolve(
         recipe(pico, search=search),
         tmp_path / "run",

@@ -352,7 +352,10 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(config, tmp_path, monkeypatch):
             yield output
 
     monkeypatch.setattr(Merger, "fill", interrupted)
+    # a shell that starts the tests in the background has them ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     result = CliRunner().invoke(app, ["merge", str(config), "-o", str(tmp_path / "out"), "-q"])
+    signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130
     assert result.stderr == f"error: interrupted; {tmp_path / 'out'} was not written\n"
     assert [p.name for p in tmp_path.iterdir()] == ["merge.yml"]
