@@ -83,7 +83,7 @@ class Setting:
     claim: bool = True
 
 
-OURS = Setting("ours", options={"coefficients": 3})
+OURS = Setting("ours", options={"coefficients": 3, "tensor_types": ("attn", "mlp")}, items=32)
 MERGEKIT = Setting(
     "mergekit-evolve's settings",
     shape="blocks",
@@ -103,17 +103,20 @@ def settings() -> list[Setting]:
         OURS,
         replace(OURS, name="ours, accuracy as objective", objective="metric"),
         replace(OURS, name="ours, accuracy on 100 items", objective="metric", items=100),
+        replace(OURS, name="ours, 16 items", items=16),
+        replace(OURS, name="ours, 64 items", items=64),
         replace(OURS, name="ours, first items for ever", fresh=False),
         replace(OURS, name="ours, separate items per candidate", separate=True),
         replace(OURS, name="ours, items where anchors disagree", weighted=True),
         replace(OURS, name="ours, racing", racing=True),
         replace(OURS, name="ours, growing number of items", more_items=True),
         replace(OURS, name="ours, best sample instead of mean", return_mean=False),
-        replace(OURS, name="ours, sigma0 = 1/3", sigma0=1 / 3),
+        replace(OURS, name="ours, sigma0 = 1/6", sigma0=1 / 6),
         replace(OURS, name="ours, separable CMA-ES", algorithm="sep-cma-es"),
+        replace(OURS, name="ours, one curve for all tensor types", options={"coefficients": 3}),
         replace(OURS, name="ours, blocks", shape="blocks", options={"blocks": 4}),
         replace(OURS, name="ours, uniform", shape="uniform", options={}),
-        replace(OURS, name="ours, layers", shape="layers", options={}),
+        replace(OURS, name="ours, layers", shape="layers", options={"tensor_types": ("attn", "mlp")}),
         replace(OURS, name="random search", algorithm="random"),
         replace(OURS, name="uniform-weight grid", algorithm="grid"),
         MERGEKIT,
