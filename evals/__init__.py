@@ -2,13 +2,22 @@
 model `shoal` known to lm-eval.
 
 registry    the model `shoal` in lm-eval's registry
-lm          that model: whatever lm-eval's `hf` loads, scored as shoal scores
 catalogue   finds lm-eval tasks by name, their splits, metrics and items
 members     what a group or tag of lm-eval stands for
 requests    builds a task's requests once, over a whole split in data-set order
-resident    lm-eval's `hf` model class on a model that stays in memory while its weights change
+remember    what a task says of an item, asked once
+plan        every request's tokens, saved and used again; what a set of items costs
+resident    lm-eval's `hf` model class on a model that stays in memory while its weights change: the model `shoal`
+tree        token sequences as one tree, laid out for forward passes
+attention   attention over that tree, as an attention function of transformers
+engine      log-likelihoods over the tree or in plain batches
+generation  generates with continuous batching; `slots` holds keys and values of what runs
 scorer      scores a subset of the items, one row per item
 objective   the smooth objective of an item
+updates     the protocol by which a scorer elsewhere takes weights
+finite      the first module whose output is not finite
+limits      memory of a forward pass, and batches that are halved
+machine     arithmetic of a forward pass, and the machine's rate; `heap` sets its C library
 """
 
 from shoal.evals.registry import register

@@ -189,9 +189,8 @@ class Pass:
         for number, part in enumerate(self.parts):
             mask = self._own_mask(number, options.window, torch.float32 if cpu else dtype)
             q, k, v = (part.take(x) for x in streams)
-            if cpu and (
-                part.length <= SHORT or mask is not None
-            ):  # float32 is faster there for small products
+            # float32 is faster on a CPU for small products
+            if cpu and (part.length <= SHORT or mask is not None):
                 q, k, v = q.float(), k.float(), v.float()
             out, lse = attention(q, k, v, mask, mask is None, options)
             outs.append(out.transpose(1, 2).reshape(part.rows * part.length, heads, -1).to(dtype))
@@ -237,11 +236,7 @@ class Pass:
             return None
         if (link, window) not in self._masks:
             queries = self.positions[0, link.start : link.stop]
-            keys = torch.arange(link.begin, link.begin + length, device=queries.device)
-            shut = queries[:, None] - keys[None, :] >= window
-            # finite: a query that sees nothing of the trunk has a finite sum, whose weight is nothing
-            mask = torch.zeros(shut.shape, dtype=dtype, device=queries.device)
-            self._masks[link, window] = mask.masked_fill_(shut, _nothing(dtype))[None, None]
+            self._masks[link, window] = trunk_mask(queries, link.begin, length, window, dtype)
         return self._masks[link, window]
 
 
@@ -258,8 +253,15 @@ def _part(index: Any, allowed: Any, positions: Any, dtype: torch.dtype, device: 
     return Part(rows, length, flat.to(device), mask, torch.from_numpy(positions).to(device), place)
 
 
-def _nothing(dtype: torch.dtype) -> float:
-    return -6e4 if dtype == torch.float16 else -1e30
+def trunk_mask(queries: Tensor, begin: int, length: int, window: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask [1, 1, queries, length] of tokens at positions `queries` against a trunk that starts at `begin`.
+
+    Finite: a query that sees nothing of the trunk has a finite sum there, whose weight is nothing.
+    """
+    keys = torch.arange(begin, begin + length, device=queries.device)
+    shut = queries[:, None] - keys[None, :] >= window
+    mask = torch.zeros(shut.shape, dtype=dtype, device=queries.device)
+    return mask.masked_fill_(shut, -6e4 if dtype == torch.float16 else -1e30)[None, None]
 
 
 def join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:

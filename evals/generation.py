@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.evals.attention import Kept, Options, Pass, Unsupported, attending, attention, join
+from shoal.evals.attention import Kept, Pass, Unsupported, attending
 from shoal.evals.engine import Work
+from shoal.evals.slots import Filling, Slots, Step
 from shoal.evals.tree import Prompts, prompts
 
 SLOTS = 32
 CACHE_BYTES = 1 << 30  # of the slots' keys and values
-_NOTHING = -1e30
 
 
 @dataclass(frozen=True)
@@ -66,133 +66,6 @@ class _Running:
     random: np.random.Generator | None
 
 
-class _Slots:
-    """Keys and values of the running sequences, per layer [slots, kv heads, room, dim]; grows with its longest."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.room = 0
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def reserve(self, room: int) -> None:
-        if room <= self.room:
-            return
-        room = max(room, self.room + 64)
-        for layer, pair in self.layers.items():
-            grown = []
-            for old in pair:
-                new = old.new_zeros(*old.shape[:2], room, old.shape[3])
-                new[:, :, : self.room] = old
-                grown.append(new)
-            self.layers[layer] = (grown[0], grown[1])
-        self.room = room
-
-    def of(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if layer not in self.layers:
-            self.layers[layer] = (
-                key.new_zeros(self.count, key.shape[1], self.room, key.shape[3]),
-                value.new_zeros(self.count, value.shape[1], self.room, value.shape[3]),
-            )
-        return self.layers[layer]
-
-    def move(self, source: int, target: int, length: int) -> None:
-        for keys, values in self.layers.values():
-            keys[target, :, :length] = keys[source, :, :length]
-            values[target, :, :length] = values[source, :, :length]
-
-
-@dataclass
-class _Filling:
-    """A pass over prompts that also writes their own rows into slots. taps: (slot, start, stop) in the stream."""
-
-    inner: Pass
-    slots: _Slots
-    taps: Sequence[tuple[int, int, int]]
-    layer: int = 0
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        exact = (key.float(), value.float()) if key.device.type == "cpu" else (key, value)
-        keys, values = self.slots.of(layer, *exact)
-        for slot, low, high in self.taps:
-            keys[slot, :, : high - low] = exact[0][0, :, low:high]
-            values[slot, :, : high - low] = exact[1][0, :, low:high]
-        return self.inner.attend(layer, query, key, value, options)
-
-
-@dataclass
-class _Step:
-    """One token for each of the first `count` slots."""
-
-    slots: _Slots
-    kept: Kept
-    lengths: Tensor  # [count], the new token included
-    positions: Tensor  # [count]
-    trunks: Sequence[tuple[int, int, Tensor | None]]  # row, first position, slots below it (None: all)
-    layer: int = 0
-    _masks: dict[Any, Tensor] = field(default_factory=dict)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        dtype = query.dtype
-        if query.device.type == "cpu":
-            query, key, value = query.float(), key.float(), value.float()
-        count, heads = query.shape[2], query.shape[1]
-        keys, values = self.slots.of(layer, key, value)
-        slot = torch.arange(count, device=query.device)
-        keys[slot, :, self.lengths - 1] = key[0].transpose(0, 1)
-        values[slot, :, self.lengths - 1] = value[0].transpose(0, 1)
-        longest = self._longest
-        own = query[0].transpose(0, 1).unsqueeze(2)  # [count, heads, 1, dim]
-        mask = self._own_mask(longest, options.window, query.dtype)
-        out, lse = attention(
-            own, keys[:count, :, :longest], values[:count, :, :longest], mask, False, options
-        )
-        whole, weight = out[:, :, 0].contiguous(), lse[:, :, 0].contiguous()  # [count, heads, dim]
-        for row, begin, below in self.trunks:
-            trunk_keys, trunk_values = self.kept[layer, row]
-            asked = (query if below is None else query.index_select(2, below)).to(trunk_keys.dtype)
-            seen = self._trunk_mask(row, begin, below, trunk_keys.shape[2], options.window, asked.dtype)
-            out, lse = attention(asked, trunk_keys, trunk_values, seen, False, options)
-            other, other_lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
-            if below is None:
-                join(whole, weight, other, other_lse)
-            else:
-                part, part_lse = whole[below], weight[below]
-                join(part, part_lse, other, other_lse)
-                whole[below], weight[below] = part, part_lse
-        return whole.view(1, count, heads, -1).to(dtype)
-
-    @property
-    def _longest(self) -> int:
-        if "longest" not in self._masks:
-            self._masks["longest"] = self.lengths.max()
-        return int(self._masks["longest"])
-
-    def _own_mask(self, longest: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        found = self._masks.get(window)
-        if found is None:
-            column = torch.arange(longest, device=self.lengths.device)[None, :]
-            shut = column >= self.lengths[:, None]
-            if window is not None:
-                shut = shut | (self.lengths[:, None] - 1 - column >= window)
-            found = torch.zeros(shut.shape, dtype=dtype, device=shut.device)
-            found = self._masks[window] = found.masked_fill_(shut, -math.inf)[:, None, None, :]
-        return found
-
-    def _trunk_mask(
-        self, row: int, begin: int, below: Tensor | None, length: int, window: int | None, dtype: torch.dtype
-    ) -> Tensor | None:
-        if window is None:
-            return None
-        if (row, window) not in self._masks:
-            at = self.positions if below is None else self.positions[below]
-            keys = torch.arange(begin, begin + length, device=at.device)
-            shut = at[:, None] - keys[None, :] >= window
-            mask = torch.zeros(shut.shape, dtype=dtype, device=at.device)
-            nothing = -6e4 if dtype == torch.float16 else _NOTHING
-            self._masks[row, window] = mask.masked_fill_(shut, nothing)[None, None]
-        return self._masks[row, window]
-
-
 class Generator:
     """Generates by `model`. ends: token ids after which a sequence ends. slots: sequences at once."""
 
@@ -227,7 +100,7 @@ class Generator:
         queue = deque(order)
         results: list[list[int]] = [[] for _ in requests]
         running: list[_Running] = []
-        slots = _Slots(self._count(requests, laid))
+        slots = Slots(self._count(requests, laid))
         kept: Kept = {}
         left = _uses(laid, order)
         while queue or running:
@@ -264,7 +137,7 @@ class Generator:
         laid: Prompts,
         admitted: Sequence[int],
         first: int,
-        slots: _Slots,
+        slots: Slots,
         kept: Kept,
     ) -> list[_Running]:
         wanted = [laid.row_of[i] for i in admitted]
@@ -283,7 +156,7 @@ class Generator:
         count = len(batch.tokens)
         self.work.add(count, int(batch.positions.sum()) + count, len(group))
         slots.reserve(max(high - low for _, low, high in taps) + 1)
-        with attending(self.model, _Filling(one, slots, taps)):
+        with attending(self.model, Filling(one, slots, taps)):
             logits = self.model(
                 input_ids=one.tokens,
                 position_ids=one.positions,
@@ -311,7 +184,7 @@ class Generator:
         self._choose(made, logits)
         return made
 
-    def _step(self, laid: Prompts, running: Sequence[_Running], slots: _Slots, kept: Kept) -> None:
+    def _step(self, laid: Prompts, running: Sequence[_Running], slots: Slots, kept: Kept) -> None:
         for one in running:
             one.length += 1
         slots.reserve(max(r.length for r in running))
@@ -332,7 +205,9 @@ class Generator:
             for row, some in below.items()
         ]
         tokens = torch.tensor([[r.next for r in running]], device=self.device)
-        with attending(self.model, _Step(slots, kept, lengths, positions, trunks)):
+        with attending(
+            self.model, Step(slots, kept, lengths, max(r.length for r in running), positions, trunks)
+        ):
             logits = self.model(
                 input_ids=tokens, position_ids=positions[None], use_cache=False, logits_to_keep=0
             ).logits[0]
@@ -352,7 +227,7 @@ class Generator:
         self,
         running: list[_Running],
         results: list[list[int]],
-        slots: _Slots,
+        slots: Slots,
         kept: Kept,
         left: dict[int, int],
     ) -> None:

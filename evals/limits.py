@@ -132,29 +132,28 @@ def tokens_that_fit(
     return low
 
 
-def run_halving(run: Callable[[int], T], budget: int, least: int, told: Callable[[str], None]) -> T:
-    """run(budget), with half the budget of tokens whenever memory runs out, down to `least`.
+def run_halving(run: Callable[[], T], shrink: Callable[[], int], told: Callable[[str], None]) -> T:
+    """run(), again with smaller batches whenever memory runs out.
 
-    told: hears of every halving, in words.
+    shrink: makes the batches of `run` smaller and says their size, 0 when that cannot be. told: hears of every halving.
 
     Raises:
-        EvaluationError: memory runs out at `least` as well.
+        EvaluationError: memory runs out at the smallest batch as well.
     """
     while True:
         try:
-            return run(budget)
+            return run()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            if budget <= least:
+            size = shrink()
+            if not size:
                 raise EvaluationError(
-                    f"out of memory at {budget} tokens, the least that can be run at once; free memory, or use a"
-                    " smaller dtype"
+                    "out of memory at the smallest batch; free memory, or use a smaller dtype"
                 ) from error
         # outside of the handler: the exception holds the frames of the failed pass, and those its tensors
-        budget = max(least, budget // 2)
         _release()
-        told(f"out of memory: token budget halved to {budget}")
+        told(f"out of memory: batch halved to {size}")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ lm-eval fills the registry with its own placeholders only while it is empty, so 
 from __future__ import annotations
 
 MODEL = "shoal"
-TARGET = "shoal.evals.lm:ShoalLM"
+TARGET = "shoal.evals.resident:ResidentLM"
 
 
 def register() -> None:

@@ -9,8 +9,8 @@ and batched plainly, which is decided by a comparison on sequences of the run an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from lm_eval import utils
@@ -30,9 +30,11 @@ from shoal.evals.engine import (
     excerpt,
 )
 from shoal.evals.generation import Generator, Request, Sampling
+from shoal.evals.limits import MemoryLimit, run_halving
 from shoal.evals.tree import Scored, Statistics
 from shoal.evals.updates import ModuleWeights
 
+T = TypeVar("T")
 Encoded = tuple[list[int], list[int]]
 ROWS = 64
 # generation arguments that are ours; with any other one, transformers' own generate is used
@@ -60,6 +62,8 @@ class ResidentLM(HFLM):  # type: ignore[misc]
 
     batch_size: rows of a plain batch, and sequences that generate at once; `auto` means 64. max_tokens: tokens of a
     forward pass over a token tree (None: 1280 on a CPU, 16384 on a GPU). engine: `auto`, `tree` or `plain`.
+    memory_limit: bytes that this process may use on a CPU; passes over the tree are made small enough from the start.
+    Any batch is halved when memory runs out all the same.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         batch_size: int | str | None = None,
         max_tokens: int | None = None,
         engine: str = "auto",
+        memory_limit: int | None = None,
         **kwargs: Any,
     ) -> None:
         rows = ROWS if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
@@ -86,7 +91,12 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         self._plain = PlainEngine(self.model, rows, self.work) if self.backend == "causal" else None
         self._tree: TreeEngine | None = None
         if engine != "plain" and self._plain is not None and accepts_tree(self.model):
-            self._tree = TreeEngine(self.model, max_tokens, self.work)
+            tokens = max_tokens or default_budget(self.device)
+            if self.device.type == "cpu":
+                # every token may be a target, and logits are normalised in pieces
+                limit, dtype = MemoryLimit(memory_limit), next(self.model.parameters()).dtype
+                tokens = limit.tokens(self.model.config, dtype, 1.0, tokens, logit_bytes=dtype.itemsize)
+            self._tree = TreeEngine(self.model, tokens, self.work)
         elif engine == "tree":
             raise EvaluationError("engine: tree needs a causal model whose forward takes logits_to_keep")
         self._checked = engine == "tree" or self._tree is None
@@ -96,7 +106,8 @@ class ResidentLM(HFLM):  # type: ignore[misc]
                 self.model,
                 [e for e in ends if e is not None],
                 rows,
-                max_tokens or default_budget(self.device),
+                self._tree.budget,
+                self.work,
             )
             if self._tree is not None
             else None
@@ -246,7 +257,8 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             )
         if self._plain is None:
             return super().loglikelihood(requests, disable_tqdm)  # type: ignore[no-any-return]
-        results = self._likelihoods([self._scored_pair(*request.args[:2]) for request in requests])
+        sequences = [self._scored_pair(*request.args[:2]) for request in requests]
+        results = self._within_memory(lambda: self._likelihoods(sequences))
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, result)
         return results
@@ -255,7 +267,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         if self._plain is None:
             return super().loglikelihood_rolling(requests, disable_tqdm)  # type: ignore[no-any-return]
         windows = [self._rolled(request.args[0]) for request in requests]
-        values = iter(self._likelihoods([w for some in windows for w in some]))
+        values = iter(self._within_memory(lambda: self._likelihoods([w for some in windows for w in some])))
         totals = [sum(next(values)[0] for _ in some) for some in windows]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -276,6 +288,12 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         assert engine is not None
         with self._precision():
             return [(one.value, one.greedy) for one in engine.score(sequences)]
+
+    def _within_memory(self, run: Callable[[], T]) -> T:
+        """run(), with the batches halved as often as memory asks for; EvaluationError when they cannot be smaller."""
+        return run_halving(
+            run, self.shrink, lambda text: self.notes.append(f"{text} ({self.engine_words()})")
+        )
 
     def _precision(self) -> Any:
         return torch.autocast(
@@ -304,6 +322,9 @@ class ResidentLM(HFLM):  # type: ignore[misc]
     # --- generation -------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return self._within_memory(lambda: self._generate(requests, disable_tqdm))
+
+    def _generate(self, requests: list[Any], disable_tqdm: bool) -> list[str]:
         results: list[str | None] = [None] * len(requests)
         ours: list[tuple[int, Request, list[str]]] = []
         theirs: list[int] = []
@@ -334,7 +355,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
                 results[index] = self._text(tokens, until)
                 self.cache_hook.add_partial("generate_until", requests[index].args, results[index])
         if theirs:
-            texts = super().generate_until([requests[i] for i in theirs], disable_tqdm=disable_tqdm)
+            texts = HFLM.generate_until(self, [requests[i] for i in theirs], disable_tqdm=disable_tqdm)
             for index, text in zip(theirs, texts, strict=True):
                 results[index] = text
         return [text if text is not None else "" for text in results]

@@ -15,7 +15,6 @@ from typing import Any
 from shoal.errors import EvaluationError
 from shoal.evals.catalogue import TaskSource
 from shoal.evals.finite import first_broken
-from shoal.evals.limits import out_of_memory
 from shoal.evals.objective import answer_objective, choice_objective, gold_options
 from shoal.evals.quiet import quiet_libraries
 from shoal.evals.remember import remember
@@ -41,12 +40,12 @@ class Scorer:
             remember(planned.source.task)
 
     def score(self, items: ItemIds, generate: bool = True) -> tuple[list[ItemScore], list[str]]:
-        """Rows in the order of `items`, and what disturbed the scoring (a batch that had to be halved).
+        """Rows in the order of `items`, and what there is to say of the scoring (a batch that had to be halved).
 
         generate: also run generation; without it generation items get their smooth objective only.
 
         Raises:
-            EvaluationError: a log-likelihood is not finite, or memory runs out at a batch of one.
+            EvaluationError: a log-likelihood is not finite, or memory runs out at the smallest batch.
         """
         work: list[tuple[str, Role, int, list[Any], Any | None]] = []
         for (task, role), ids in items.items():
@@ -63,24 +62,12 @@ class Scorer:
         for _, _, _, instances, gold in work:
             for instance in instances + ([gold] if gold is not None else []):
                 by_type[instance.request_type] += [instance] * (instance.repeats or 1)
-        events: list[str] = []
         for kind, requests in by_type.items():
-            for request, response in zip(requests, self._run(kind, requests, events), strict=True):
+            with quiet_libraries():
+                responses = getattr(self.lm, kind)(requests, disable_tqdm=True)
+            for request, response in zip(requests, responses, strict=True):
                 request.resps.append(response)
-        return list(self._rows(work)), [*events, *self.lm.told()]
-
-    def _run(self, kind: str, requests: list[Any], events: list[str]) -> list[Any]:
-        while True:
-            try:
-                with quiet_libraries():
-                    return list(getattr(self.lm, kind)(requests, disable_tqdm=True))
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                size = self.lm.shrink()
-                if not size:
-                    raise EvaluationError("out of memory at the smallest batch") from error
-                events.append(f"out of memory: batch halved to {size} ({self.lm.engine_words()})")
+        return list(self._rows(work)), self.lm.told()
 
     def _rows(self, work: list[tuple[str, Role, int, list[Any], Any | None]]) -> Iterable[ItemScore]:
         together: dict[tuple[str, Role], list[Any]] = defaultdict(list)

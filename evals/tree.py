@@ -129,11 +129,10 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Layout:
-    """Batches of all sequences, in order, and what they cost. longest: positions that the model must have."""
+    """Batches of all sequences, in order, and what they cost."""
 
     batches: tuple[Batch, ...]
     statistics: Statistics
-    longest: int
 
 
 def layout(sequences: Sequence[Scored], budget: int, logits: int) -> Layout:
@@ -389,8 +388,7 @@ def _pack(
         ),
         batches=len(batches),
     )
-    longest = max((int(r.positions.max()) + 1 for r in rows), default=0)
-    return Layout(tuple(batches), statistics, longest)
+    return Layout(tuple(batches), statistics)
 
 
 def _batch(

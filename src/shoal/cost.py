@@ -124,20 +124,9 @@ def _calibrate(lm: Any, tasks: Any, matmul_rate: Any, forward_flops: Any) -> tup
     """Tokens per second of log-likelihoods and of generation, and the share of the machine's rate of the former."""
     from shoal.evals.plan import instances
 
-    chosen: list[Any] = []
-    prompts: list[Any] = []
-    tokens = 0
-    for one in instances(tasks):
-        if one.request_type == "generate_until":
-            if len(prompts) < PROMPTS:
-                prompts.append(one)
-            continue
-        if tokens < TOKENS:
-            chosen.append(one)
-            found = lm.statistics(chosen) if len(chosen) % 16 == 0 else None
-            tokens = (
-                found.planned if found is not None else tokens + (16 if lm.statistics(chosen) is None else 0)
-            )
+    requests = list(instances(tasks))
+    chosen = _enough(lm, [r for r in requests if r.request_type != "generate_until"])
+    prompts = [r for r in requests if r.request_type == "generate_until"][:PROMPTS]
     rate, share = 1e9, 0.0
     if chosen:
         _score(lm, chosen)  # wakes threads and lays out
@@ -156,6 +145,20 @@ def _calibrate(lm: Any, tasks: Any, matmul_rate: Any, forward_flops: Any) -> tup
     if prompts:
         decoding = _decoding_rate(lm, prompts)
     return rate, decoding, share
+
+
+def _enough(lm: Any, requests: list[Any]) -> list[Any]:
+    """The first requests that take about TOKENS tokens to compute; fewer tokens where there are no more."""
+    count = 8
+    while count < len(requests):
+        found = lm.statistics(requests[:count])
+        tokens = (
+            found.planned if found else sum(len(s.tokens) for r in requests[:count] for s in lm.sequences(r))
+        )
+        if tokens >= TOKENS:
+            break
+        count *= 2
+    return requests[:count]
 
 
 def _score(lm: Any, requests: list[Any]) -> None:

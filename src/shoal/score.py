@@ -142,8 +142,8 @@ def score_model(
 
 def _load(resolved: Any, dtype: str, device: str, batch_size: int | str) -> Any:
     """The model as lm-eval's model object; an adapter is merged into its base."""
-    from shoal.evals.lm import ShoalLM
     from shoal.evals.quiet import quiet_libraries
+    from shoal.evals.resident import ResidentLM
     from shoal.merge.adapter import open_parent
     from shoal.merge.groups import tensor_groups
     from shoal.merge.resident import Merger
@@ -155,7 +155,7 @@ def _load(resolved: Any, dtype: str, device: str, batch_size: int | str) -> Any:
     stored = str(parent.dtype(parent.names[0])).removeprefix("torch.")
     with quiet_libraries():
         runtime = load_runtime(resolved.folder, stored if dtype == "auto" else dtype, device)
-        lm = ShoalLM(pretrained=runtime, tokenizer=load_tokenizer(resolved.folder), batch_size=batch_size)
+        lm = ResidentLM(pretrained=runtime, tokenizer=load_tokenizer(resolved.folder), batch_size=batch_size)
     if resolved.adapter is not None:
         groups = tensor_groups(parent)
         Merger([parent], groups, runtime, device).materialize(

@@ -19,7 +19,7 @@ class LocalWorker:
     """One resident model in this process. Jobs are done one after the other, when polled for.
 
     device: `cpu`, `cuda`, `cuda:1`, ... or `auto`. memory: tier of the parents, or `auto`; memory_limit: bytes of
-    device memory to stay under. say: told what takes time. plan: file of the requests' tokens, used again or written.
+    device memory to stay under (on a CPU: of the process). say: told what takes time. plan: file of the requests' tokens, used again or written.
     """
 
     def __init__(
@@ -68,7 +68,9 @@ class LocalWorker:
         self.notes = tuple(self._merger.notes)
         tokenizer = load_tokenizer(Path(lock.models[lock.tokenizer].folder), recipe.output.chat_template)
         with quiet_libraries():
-            self._lm = ResidentLM(model, tokenizer, recipe.evaluation.batch_size, **arguments)
+            self._lm = ResidentLM(
+                model, tokenizer, recipe.evaluation.batch_size, memory_limit=memory_limit, **arguments
+            )
         say("building requests")
         tasks = plan_tasks(lock, recipe.evaluation, self._lm)
         prepare(self._lm, tasks, plan)

@@ -53,12 +53,20 @@ print(forward_bytes(config, dtype, rows * width, rows * keep, width if attention
 HALVE = """
 resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + (160 << 20),) * 2)
 tried = []
+budget = 16384
 
-def run(tokens):
-    tried.append(tokens)
-    return tokens, forward(1, tokens, 1).shape
+def run():
+    tried.append(budget)
+    return budget, forward(1, budget, 1).shape
 
-print(*run_halving(run, 16384, {least}, print))
+def shrink():
+    global budget
+    if budget // 2 < {least}:
+        return 0
+    budget //= 2
+    return budget
+
+print(*run_halving(run, shrink, print))
 print("tried", *tried)
 """
 
@@ -158,19 +166,19 @@ def test_batches_are_halved_until_they_fit_under_a_real_limit() -> None:
     *told, fit, tried = run_apart(model + HALVE.format(least=32))
     sizes = [int(word) for word in tried.split()[1:]]
     assert 2 <= len(sizes) <= 8 and sizes == [16384 >> n for n in range(len(sizes))]
-    assert told == [f"out of memory: token budget halved to {size}" for size in sizes[1:]]
+    assert told == [f"out of memory: batch halved to {size}" for size in sizes[1:]]
     assert fit == f"{sizes[-1]} torch.Size([1, 1, 1000])"
 
 
 @linux
-def test_a_least_budget_that_does_not_fit_is_an_error_in_one_line() -> None:
+def test_a_least_batch_that_does_not_fit_is_an_error_in_one_line() -> None:
     model = MODEL.format(model="1000, 256, 2048, 'sdpa', torch.float32")
     code = model + "from shoal.errors import EvaluationError\ntry:\n"
-    code += "".join(f"    {line}\n" for line in HALVE.format(least=12000).splitlines())
+    code += "".join(f"    {line}\n" for line in HALVE.format(least=8000).splitlines())
     code += "except EvaluationError as error:\n    print(error)\n"
     assert run_apart(code) == [
-        "out of memory: token budget halved to 12000",
-        "out of memory at 12000 tokens, the least that can be run at once; free memory, or use a smaller dtype",
+        "out of memory: batch halved to 8192",
+        "out of memory at the smallest batch; free memory, or use a smaller dtype",
     ]
 
 
@@ -195,21 +203,23 @@ def test_what_says_that_memory_ran_out(error: Exception, memory: bool) -> None:
 def test_other_errors_are_not_tried_again() -> None:
     tried = []
 
-    def run(tokens: int) -> None:
-        tried.append(tokens)
+    def run() -> None:
+        tried.append(1)
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        run_halving(run, 64, 1, lambda text: None)
-    assert tried == [64]
+        run_halving(run, lambda: 1, lambda text: None)
+    assert tried == [1]
 
 
 def test_tensors_of_a_failed_batch_are_gone_before_the_next() -> None:
     import weakref
 
     alive: list[Callable[[], object]] = []
+    sizes = iter([20, 10])
+    tokens = 40
 
-    def run(tokens: int) -> int:
+    def run() -> int:
         assert all(reference() is None for reference in alive)
         held = torch.ones(tokens)
         alive.append(weakref.ref(held))
@@ -217,4 +227,10 @@ def test_tensors_of_a_failed_batch_are_gone_before_the_next() -> None:
             raise MemoryError
         return tokens
 
-    assert run_halving(run, 40, 1, lambda text: None) == 10
+    def shrink() -> int:
+        nonlocal tokens
+        tokens = next(sizes)
+        return tokens
+
+    assert run_halving(run, shrink, lambda text: None) == 10
+    assert len(alive) == 3

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from shoal.errors import EvaluationError, RecipeError
 from shoal.evals.catalogue import Catalogue, doc_hash
+from shoal.evals.limits import MemoryLimit, forward_bytes
 from shoal.evals.quiet import quiet_libraries
 from shoal.evals.requests import PromptSpec, build_requests
 from shoal.evals.resident import ResidentLM
@@ -173,3 +176,39 @@ def test_what_a_task_says_of_an_item_is_asked_once(pico: Any, monkeypatch: pytes
     choices = task.doc_to_choice(tasks["pico_choice", "test"].requests[0].doc)
     choices.clear()  # an answer that somebody changes is theirs alone
     assert scorer.score(items) == expected  # type: ignore[arg-type]
+
+
+def test_generation_is_counted_as_work(pico: Any) -> None:
+    tasks = {("pico_write", "test"): planned(pico, "pico_write", range(5))}
+    scorer = Scorer(resident(pico.model("left")), tasks)  # type: ignore[arg-type]
+    scorer.score({("pico_write", "test"): range(5)}, generate=False)
+    before = scorer.lm.work.tokens
+    scorer.score({("pico_write", "test"): range(5)}, generate=False)
+    teacher_forced = scorer.lm.work.tokens - before
+    before = scorer.lm.work.tokens
+    scorer.score({("pico_write", "test"): range(5)})
+    assert scorer.lm.work.tokens - before >= teacher_forced + 5
+
+
+def test_a_memory_limit_makes_passes_small_and_changes_no_metric(
+    pico: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = {("pico_choice", "test"): planned(pico, "pico_choice", range(40))}
+    items = {("pico_choice", "test"): range(40)}
+    expected, _ = Scorer(resident(pico.model("left")), tasks).score(items)  # type: ignore[arg-type]
+    # what is left of a real limit moves by more than a pico model needs, so that number alone is given
+    left = forward_bytes(pico_config(pico), torch.float32, 40, 40, logit_bytes=4)
+    monkeypatch.setattr(MemoryLimit, "left", lambda limit: left)
+    tight = resident(pico.model("left"), memory_limit=1 << 40)
+    assert ", 40 tokens" in tight.engine_words()
+    found, _ = Scorer(tight, tasks).score(items)  # type: ignore[arg-type]
+    assert [row.metrics for row in found] == [row.metrics for row in expected]
+
+
+def test_a_memory_limit_that_is_used_up_is_an_error(pico: Any) -> None:
+    with pytest.raises(EvaluationError, match=r"memory limit of .*raise the limit"):
+        resident(pico.model("left"), memory_limit=1 << 20)
+
+
+def pico_config(pico: Any) -> Any:
+    return transformers.AutoConfig.from_pretrained(pico.model("left"))
