@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -109,11 +110,19 @@ class CMAES:
             correlation = np.eye(n) if correlation.ndim != 2 else correlation[:n, :n]
         return np.outer(stds, stds) * correlation
 
-    def ask(self) -> Floats:
-        """Genomes [popsize, N], natural units, within the bounds."""
+    def ask(self, model: Callable[[Floats], Floats] | None = None, more: int = 0) -> Floats:
+        """Genomes [popsize, N], natural units, within the bounds.
+
+        model: genomes [m, N] -> fitness [m], higher is better. Where it is given, `more` further genomes are drawn, and
+        those popsize are asked that it expects most of, in the order in which they were drawn.
+        """
         self._asked.check_ask()
-        self._solutions = self._es.ask()
-        return self._asked.ask(np.array(self._solutions, dtype=np.float64)[:, : self._asked.x0.size])
+        self._solutions = self._es.ask(self.popsize + more)
+        genomes = np.array(self._solutions, dtype=np.float64)[:, : self._asked.x0.size]
+        if model is not None:
+            kept = np.sort(np.argsort(-model(self._asked.natural(genomes)), kind="stable")[: self.popsize])
+            self._solutions, genomes = [self._solutions[i] for i in kept], genomes[kept]
+        return self._asked.ask(genomes)
 
     def tell(self, genomes: ArrayLike, fitness: ArrayLike) -> None:
         """Fitness [popsize] of the genomes [popsize, N] asked last; see `Optimizer.tell`."""

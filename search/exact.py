@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr
 
 from shoal.errors import ShoalError
 
@@ -58,8 +60,9 @@ def sign_flip(
     for start in range(0, draws, step):
         shape = (min(step, draws - start), sizes.size)
         if (counts == 1).all():
-            signs = 2.0 * generator.integers(0, 2, size=shape, dtype=np.int8) - 1.0
-            sums = np.abs(signs @ sizes)
+            packed = generator.integers(0, 256, size=(shape[0], -(-shape[1] // 8)), dtype=np.uint8)
+            positive = np.unpackbits(packed, axis=1, count=shape[1]).astype(np.float64)
+            sums = np.abs(2 * (positive @ sizes) - sizes.sum())
         else:
             # of equal sizes it is enough to draw how many are positive
             sums = np.abs((2 * generator.binomial(counts, 0.5, size=shape) - counts) @ sizes)
@@ -67,6 +70,18 @@ def sign_flip(
         equal += int((np.abs(sums - reach) <= slack).sum())
     equal += 1
     return (above + (0.5 if mid else 1.0) * equal) / (draws + 1)
+
+
+def sign_flip_bound(contributions: Floats) -> float:
+    """What `sign_flip` cannot exceed: twice 3.18 normal tails beyond |sum| / sqrt(sum of squares); at most 1.
+
+    Bentkus & Dzindzalieta 2015, Bernoulli 21:1205, theorem 1.1, with c = 1 / (4 (1 - Phi(sqrt 2))).
+    """
+    squares = float(contributions @ contributions)
+    if not squares > 0:
+        return 1.0
+    tail = ndtr(-abs(float(contributions.sum())) / math.sqrt(squares)) / (4 * ndtr(-math.sqrt(2)))
+    return min(1.0, 2 * float(tail))
 
 
 def _kinds(sizes: Floats) -> tuple[Floats, NDArray[np.int64]]:

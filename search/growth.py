@@ -7,8 +7,10 @@ map, and what CMA-ES has learnt (mean and covariance) goes through it exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -102,25 +104,35 @@ def grow(
     return Grown(x0, (grown + grown.T) / 2, float(np.abs(x0 - lifted).max()))
 
 
-def stalled(values: Sequence[float], errors: Sequence[float], patience: int) -> bool:
+def level(fitness: Iterable[float | None]) -> float:
+    """What a generation brought, in units of fitness: the median over its candidates that did not fail; nan without any.
+
+    The mean itself is not scored. The best candidates' values are: but they are the best by the same noisy scores, and
+    by how much they flatter falls as the steps get smaller, so that a search that converges would seem to lose. All
+    candidates are chosen by nothing; of them the median, for a few broken merges must not count as a loss. It is below
+    the fitness of the mean by what the steps cost, so it also rises while a search only converges: then it goes on.
+    """
+    known = [value for value in fitness if value is not None and math.isfinite(value)]
+    return statistics.median(known) if known else math.nan
+
+
+def stalled(levels: Sequence[float], patience: int) -> bool:
     """Whether the last `patience` generations brought nothing beyond noise.
 
-    values, errors: [G], the fitness of the mean in each generation and its standard error (nan for a generation that
-    failed as a whole; it counts as none). True where the average of the last `patience` values exceeds the average of
-    the `patience` before them by less than the standard error of that difference. Averages, not the best so far: among
-    noisy values the best is a lucky one, and a search would seem to stall after every stroke of luck. False before
-    2 * patience generations.
+    levels: [G], see `level`; nan for a generation that says nothing, and counts as none. True where the average of the
+    last `patience` levels exceeds the average of the `patience` before them by less than the standard error of that
+    difference. Averages, not the best so far: among noisy values the best is a lucky one, and a search would seem to
+    stall after every stroke of luck. The noise (of items drawn anew, of few candidates) is measured by the mean square
+    of successive differences over these generations (von Neumann et al. 1941, Ann. Math. Stat. 12:153), which a steady
+    rise hardly enters. False before 2 * patience generations.
 
-    ShoalError for a patience below 1 or lengths that differ.
+    ShoalError for a patience below 2, which leaves nothing to measure noise by.
     """
-    if patience < 1 or len(values) != len(errors):
-        raise ShoalError(
-            f"stalled: expected patience >= 1 and equal lengths, found {patience}, {len(values)} and {len(errors)}"
-        )
-    known = [(v, e) for v, e in zip(values, errors, strict=True) if math.isfinite(v) and math.isfinite(e)]
+    if patience < 2:
+        raise ShoalError(f"stalled: expected patience >= 2, found {patience}")
+    known = [value for value in levels if math.isfinite(value)][-2 * patience :]
     if len(known) < 2 * patience:
         return False
-    late, early = known[-patience:], known[-2 * patience : -patience]
-    gain = math.fsum(v for v, _ in late) / patience - math.fsum(v for v, _ in early) / patience
-    error = math.sqrt(math.fsum(e * e for _, e in (*late, *early))) / patience
-    return gain <= error
+    gain = math.fsum(known[patience:]) / patience - math.fsum(known[:patience]) / patience
+    noise = math.fsum((b - a) ** 2 for a, b in pairwise(known)) / (2 * (len(known) - 1))
+    return gain <= math.sqrt(2 * noise / patience)

@@ -11,10 +11,13 @@ from shoal.errors import RecipeError, nearest
 from shoal.search.ask_tell import Optimizer, default_popsize, default_sigma0, warm_sigma0
 from shoal.search.baselines import Grid, RandomSearch, common_directions
 from shoal.search.cmaes import CMAES
+from shoal.search.lq import LQCMAES
 from shoal.search.nsga2 import NSGA2
 
 __all__ = [
     "CMAES",
+    "GROWING",
+    "LQCMAES",
     "NSGA2",
     "OPTIMIZERS",
     "Grid",
@@ -61,12 +64,26 @@ def _cmaes(s: Start, diagonal: bool = False) -> Optimizer:
 OPTIMIZERS: Mapping[str, Callable[[Start], Optimizer]] = {
     "cma-es": _cmaes,
     "sep-cma-es": lambda s: _cmaes(s, diagonal=True),
+    "lq-cma-es": lambda s: LQCMAES(
+        s.low,
+        s.high,
+        s.x0,
+        popsize=s.popsize,
+        sigma0=s.sigma0,
+        seed=s.seed,
+        active=s.active,
+        covariance=s.covariance,
+    ),
     "random": lambda s: RandomSearch(s.low, s.high, s.x0, popsize=s.popsize, seed=s.seed),
     "grid": lambda s: Grid(s.low, s.high, s.x0, popsize=s.popsize, directions=s.directions),
     "nsga2": lambda s: NSGA2(
         s.low, s.high, s.x0, objectives=s.objectives, popsize=s.popsize, sigma0=s.sigma0, seed=s.seed
     ),
 }
+
+
+# those that learn a mean and a covariance, which `growth.grow` carries into a finer space
+GROWING = ("cma-es", "sep-cma-es", "lq-cma-es")
 
 
 def make_optimizer(name: str, start: Start) -> Optimizer:

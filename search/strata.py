@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Aggregate = Callable[[list[Any]], float]
 Members = Sequence[NDArray[np.intp]]
-Resample = Callable[[np.random.Generator, int], tuple[Floats, Floats]]
+Resample = Callable[[np.random.Generator, int], Floats]
 
 CHUNK = 4_000_000  # numbers in memory at once
 AGGREGATED = 2_000_000  # items that may pass through a metric's own aggregation, per comparison and task
-DISTINCT = 20  # kinds of clusters from which on a metric counts as continuous
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +30,9 @@ class Stratum:
     point: the difference winner - other, positive where the winner is better. influence: [C], infinitesimal
     or finite jackknife, mean 0, per cluster; empty where it would cost too much. swaps: [C], by how much the
     difference falls, halved, when winner and other trade places in a cluster; 0 where they agree, empty as
-    well. most: resamples that are affordable. continuous: the metric is not 0/1 and clusters take many values. linear: it is a mean, whose bootstrap has no bias. resample: (generator,
-    number) -> resampled differences and their variances (empty where there are none). smoothed: the same with
-    one win and one loss of one item added, None for a metric that is not 0/1.
+    well. most: resamples that are affordable. linear: it is a mean over items. resample: (generator, number) ->
+    resampled differences. smoothed: the same with one win and one loss of one item added, None for a metric that is
+    not 0/1.
     """
 
     clusters: int
@@ -41,7 +40,6 @@ class Stratum:
     influence: Floats
     swaps: Floats
     most: float
-    continuous: bool
     linear: bool
     resample: Resample
     smoothed: Resample | None = None
@@ -57,11 +55,15 @@ def mean_stratum(differences: Floats, members: Members, binary: bool) -> Stratum
 
     differences: [n]; members: the items of each cluster; binary: every item's score is 0 or 1.
     """
-    sums = np.array([differences[m].sum() for m in members])
     sizes = np.array([float(len(m)) for m in members])
+    starts = np.cumsum(sizes).astype(np.int64) - sizes.astype(np.int64)
+    return summed_stratum(np.add.reduceat(differences[np.concatenate(members)], starts), sizes, binary)
+
+
+def summed_stratum(sums: Floats, sizes: Floats, binary: bool) -> Stratum:
+    """`mean_stratum` from the sum of the differences in each cluster, [C], and its items, [C]."""
     point = float(sums.sum() / sizes.sum())
     influence = (sums - point * sizes) * len(sums) / sizes.sum()
-    kinds = len(np.unique(np.stack([sums, sizes], axis=1), axis=0))
     smoothed = None
     if binary:
         smoothed = _drawn(np.append(sums, [1.0, -1.0]), np.append(sizes, [1.0, 1.0]))
@@ -71,27 +73,21 @@ def mean_stratum(differences: Floats, members: Members, binary: bool) -> Stratum
         influence=influence,
         swaps=sums / sizes.sum(),
         most=math.inf,
-        continuous=not binary and kinds >= max(DISTINCT, len(sums) / 4),
         linear=True,
         resample=_drawn(sums, sizes),
         smoothed=smoothed,
     )
 
 
-def ratios(counts: Floats, sums: Floats, sizes: Floats) -> tuple[Floats, Floats]:
-    """Means of resamples, and their variances by linearisation.
+def ratios(counts: Floats, sums: Floats, sizes: Floats) -> Floats:
+    """Means of resamples, [R] or [R, B].
 
     counts: [R, C], how often each cluster was drawn. sums: [C] or [C, B], of the differences in each cluster;
-    sizes: [C], its items. Each [R] or [R, B].
+    sizes: [C], its items.
     """
-    wide = sums.ndim == 2
-    z, zz = counts @ sizes, counts @ sizes**2
-    if wide:
-        z, zz = z[:, None], zz[:, None]
-    means = (counts @ sums) / z
-    crossed = counts @ (sums * (sizes[:, None] if wide else sizes))
-    variances = (counts @ sums**2 - 2 * means * crossed + means**2 * zz) / z**2
-    return means, np.maximum(variances, 0.0)
+    items = counts @ sizes
+    means: Floats = (counts @ sums) / (items[:, None] if sums.ndim == 2 else items)
+    return means
 
 
 def multiplicities(generator: np.random.Generator, number: int, total: int) -> Floats:
@@ -103,21 +99,19 @@ def multiplicities(generator: np.random.Generator, number: int, total: int) -> F
 
 def _drawn(sums: Floats, sizes: Floats) -> Resample:
     total = len(sums)
-    # many clusters are alike where items are 0/1: then it is enough to draw how often each kind comes
-    kinds, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
-    few = len(kinds) * 16 <= total
 
-    def resample(generator: np.random.Generator, number: int) -> tuple[Floats, Floats]:
-        if few:
+    def resample(generator: np.random.Generator, number: int) -> Floats:
+        # many clusters are alike where items are 0/1: then it is enough to draw how often each kind comes
+        kinds, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
+        if len(kinds) * 16 <= total:
             drawn = generator.multinomial(total, counts / total, size=number).astype(np.float64)
             return ratios(drawn, kinds[:, 0], kinds[:, 1])
-        means, variances = np.empty(number), np.empty(number)
+        means = np.empty(number)
         step = max(1, CHUNK // total)
         for start in range(0, number, step):
             stop = min(number, start + step)
-            drawn = multiplicities(generator, stop - start, total)
-            means[start:stop], variances[start:stop] = ratios(drawn, sums, sizes)
-        return means, variances
+            means[start:stop] = ratios(multiplicities(generator, stop - start, total), sums, sizes)
+        return means
 
     return resample
 
@@ -133,15 +127,15 @@ def aggregate_stratum(
         pairs = [pair for cluster in clusters for pair in cluster]
         return sign * (float(aggregate([a for a, _ in pairs])) - float(aggregate([b for _, b in pairs])))
 
-    def resample(generator: np.random.Generator, number: int) -> tuple[Floats, Floats]:
+    def resample(generator: np.random.Generator, number: int) -> Floats:
         drawn = generator.integers(0, total, size=(number, total), dtype=np.int32)
-        return np.array([difference([items[i] for i in row]) for row in drawn.tolist()]), np.empty(0)
+        return np.array([difference([items[i] for i in row]) for row in drawn.tolist()])
 
     point = difference(items)
     most = max(200, AGGREGATED // n)
     if total == 1 or total * n > AGGREGATED:
         swaps = np.array([point]) if total == 1 else np.empty(0)
-        return Stratum(total, point, np.empty(0), swaps, most, False, False, resample)
+        return Stratum(total, point, np.empty(0), swaps, most, False, resample)
     swaps, left_out = np.zeros(total), np.empty(total)
     for i, cluster in enumerate(items):
         rest = items[:i] + items[i + 1 :]
@@ -149,4 +143,4 @@ def aggregate_stratum(
         if any(a != b for a, b in cluster):
             swaps[i] = (point - difference([*rest, [(b, a) for a, b in cluster]])) / 2
     influence = (total - 1) * (left_out.mean() - left_out)
-    return Stratum(total, point, influence, swaps, most, False, False, resample)
+    return Stratum(total, point, influence, swaps, most, False, resample)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from shoal.lock import Lock, TaskLock
 from shoal.outlook import test_power
 from shoal.preflight import open_catalogue
 from shoal.recipe import Recipe
+from shoal.sample import search_sample
+from shoal.sanity import Written, read_written
 from shoal.search.claims import Comparison, Contrast, Guard, TaskSamples, contrast, guard, same_model, verdict
 from shoal.search.power import detectable_at
 from shoal.search.simultaneous import Claimed, simultaneous
@@ -26,14 +29,20 @@ class Scoreboard:
 
     def __init__(self, lock: Lock, journal: Journal) -> None:
         self.lock, self.journal = lock, journal
+        self.sample = search_sample(lock)
         catalogue = open_catalogue(None if lock.include_path is None else Path(lock.include_path))
         self.aggregates: dict[str, Aggregate | None] = {
             task.task: catalogue.load(task.task).aggregation(task.metric) for task in lock.tasks
         }
 
+    def items(self, role: Role, task: TaskLock) -> Sequence[int]:
+        """The items on which scores of a role are compared: all, of search items the sample that anchors share."""
+        return self.sample[task.task] if role == "search" else task.roles[role].items
+
     def values(self, candidate: str, role: Role, task: TaskLock) -> list[Any]:
-        """The claimed metric's value of every item of the role that was scored, in item order."""
-        rows = [row for row in self.journal.scores(candidate, role) if row.task == task.task]
+        """The claimed metric's value of every such item that was scored, in item order."""
+        wanted = set(self.items(role, task))
+        rows = [r for r in self.journal.scores(candidate, role) if r.task == task.task and r.item in wanted]
         return [restored(row.metrics[task.metric]) for row in sorted(rows, key=lambda row: row.item)]
 
     def task_score(self, candidate: str, role: Role, task: TaskLock) -> float:
@@ -58,11 +67,11 @@ class Scoreboard:
         return sum(parts)
 
     def known(self, candidate: str, role: Role) -> float | None:
-        """`overall`, or None where the candidate was not scored by the metric on all items of the role."""
+        """`overall`, or None where the candidate was not scored by the metric on all those items."""
         rows = self.journal.scores(candidate, role)
         for task in self.lock.tasks:
             scored = {row.item for row in rows if row.task == task.task and task.metric in row.metrics}
-            if not scored.issuperset(task.roles[role].items):
+            if not scored.issuperset(self.items(role, task)):
                 return None
         return self.overall(candidate, role)
 
@@ -147,7 +156,7 @@ def make_result(
 ) -> dict[str, Any]:
     """The content of result.json. baselines: name -> kind, in table order. Scores are on test items.
 
-    searched: the id under which the winner was scored on all search items.
+    searched: the id under which the winner was scored on the sample of search items.
     """
     board = Scoreboard(lock, journal)
     evidence = Evidence(board, recipe, winner, baselines)
@@ -156,9 +165,11 @@ def make_result(
         winner in baselines, list(evidence.overall.values()), margin=recipe.claim.margin, guards=guards
     )
     evaluations = journal.evaluations()
+    texts = journal.events("written")
+    unfit = {e["candidate"]: e["reason"] for e in journal.events("disqualified")}
     seconds = {
-        "merge": sum(row.seconds_merge for row in evaluations),
-        "score": sum(row.seconds_score for row in evaluations),
+        "merge": sum(row.seconds_merge for row in evaluations) + sum(e["seconds_merge"] for e in texts),
+        "score": sum(row.seconds_score for row in evaluations) + sum(e["seconds_score"] for e in texts),
         "rest": sum(row.seconds_rest for row in evaluations)
         + sum(e["seconds"] for e in journal.events("loaded")),
     }
@@ -169,7 +180,9 @@ def make_result(
     result: dict[str, Any] = {
         "name": recipe.name,
         "verdict": found,
-        "claim": claim_words(found, winner, evidence.overall, recipe.claim.margin, n, guards, openings, lock),
+        "claim": claim_words(
+            found, winner, evidence.overall, recipe.claim.margin, n, guards, openings, lock, tuple(unfit)
+        ),
         "winner": {
             "id": winner,
             "score": test_score,
@@ -202,6 +215,7 @@ def make_result(
             for row in evaluations
             if row.role == "select" and row.status == "done"
         ],
+        "sanity": _sanity(read_written(texts), unfit, journal.events("unwritten")),
         "cost": {
             "candidates": len(candidates),
             "failed": sum(row.status == "failed" for row in evaluations),
@@ -258,6 +272,26 @@ def _guard(g: Guard) -> dict[str, Any]:
     }
 
 
+def _sanity(
+    written: Mapping[str, Written], unfit: Mapping[str, str], unwritten: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """written: what was measured over the texts of each finalist and parent, None where it could not write.
+
+    disqualified: finalist -> why it was not to be chosen. unchecked: finalists and parents that were not asked to write
+    -> why.
+    """
+    return {
+        "written": {name: None if w.sanity is None else asdict(w.sanity) for name, w in written.items()},
+        "disqualified": dict(unfit),
+        "unchecked": {
+            name: event["reason"]
+            for event in unwritten
+            for name in event["candidates"]
+            if name not in written
+        },
+    }
+
+
 def _finite(value: float) -> float | None:
     """An end at infinity, of a task with one cluster, is null in JSON, which has no infinity."""
     return value if math.isfinite(value) else None
@@ -272,8 +306,9 @@ def claim_words(
     guards: Sequence[Guard],
     openings: int,
     lock: Lock,
+    unfit: Sequence[str] = (),
 ) -> str:
-    """The verdict in words that say no more than the intervals do."""
+    """The verdict in words that say no more than the intervals do. unfit: finalists that were disqualified."""
     closest = min(overall.values(), key=lambda c: c.low)
     worst = min(overall.values(), key=lambda c: c.high)
     failed = [g for g in guards if not g.holds]
@@ -298,9 +333,11 @@ def claim_words(
         )
     elif found == "ties" and winner in overall:
         text = (
-            f"no improvement: the model chosen on the selection items is {winner} itself, no merge among the finalists did"
-            " better there"
+            f"no improvement: the model chosen on the selection items is {winner} itself, no merge among the finalists"
+            f"{' that could be chosen' if unfit else ''} did better there"
         )
+        if unfit:
+            text += f" (disqualified: {', '.join(unfit)})"
         if worst.high < 0:
             text += f"; on the test items {worst.against} is better by {_points(-worst.difference)}"
     elif found == "ties":

@@ -16,8 +16,10 @@ from shoal.errors import RecipeError, ShoalError
 from shoal.search import CMAES, Optimizer, RandomSearch, default_popsize, default_sigma0, make_space
 from shoal.search.baselines import Grid, common_directions
 from shoal.search.cmaes import _Randn
+from shoal.search.lq import LQCMAES
 from shoal.search.nsga2 import NSGA2
 from shoal.search.optimizer import OPTIMIZERS, Start, make_optimizer, warm_sigma0
+from shoal.search.surrogate import LQModel
 from shoal.types import ParameterSpec, TensorGroup
 
 LOW, HIGH = np.array([-0.2, 0.1, -1.0]), np.array([1.5, 1.0, 3.0])
@@ -464,6 +466,7 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 del sys.modules["pymoo.algorithms.moo.nsga2"]
 from shoal.errors import ShoalError
+from shoal.search.lq import LQCMAES
 from shoal.search.nsga2 import NSGA2
 try:
     NSGA2([0, 0], [1, 1], [0.5, 0.5], objectives=2, seed=0)
@@ -472,3 +475,87 @@ except ShoalError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "nsga2 needs pymoo: pip install 'shoal[pareto]'"
+
+
+def test_the_surrogate_chooses_only_while_its_forecasts_agree_with_scores() -> None:
+    rng = np.random.default_rng(0)
+    optimizer = LQCMAES(LOW, HIGH, X0, seed=1)
+    run(optimizer, sphere, 30)
+    # of 26 that three forecasts precede
+    assert 13 < optimizer.chosen <= 26
+    assert optimizer.mean == pytest.approx(GOAL, abs=0.05)
+    # scores turned round: the forecasts of the next generation are as wrong as can be
+    chosen = optimizer.chosen
+    run(optimizer, lambda g: -sphere(g), 1)
+    run(optimizer, lambda g: -1e3 * sphere(g), 3)
+    assert optimizer.chosen < chosen + 4
+    blind = LQCMAES(LOW, HIGH, X0, seed=1)
+    run(blind, lambda g: rng.normal(size=len(g)), 60)
+    assert blind.chosen < 45
+    flat = LQCMAES(LOW, HIGH, X0, seed=1)
+    asked = run(flat, lambda g: np.zeros(len(g)), 10)
+    plain = CMAES(LOW, HIGH, X0, seed=1)
+    assert flat.chosen == 0
+    assert np.array_equal(asked, run(plain, lambda g: np.zeros(len(g)), 10))
+
+
+def test_what_the_surrogate_chooses_is_what_it_expects_most_of() -> None:
+    model = lambda genomes: -np.abs(genomes[:, 0])
+    chosen = CMAES(LOW, HIGH, X0, seed=1).ask(model, 14)
+    pool = np.concatenate([CMAES(LOW, HIGH, X0, seed=1, popsize=21).ask()])
+    assert {g.tobytes() for g in chosen} <= {g.tobytes() for g in pool}
+    best = sorted(np.abs(pool[:, 0]))[:7]
+    assert sorted(np.abs(chosen[:, 0])) == best
+
+
+def test_with_a_surrogate_a_smooth_optimum_is_found_with_fewer_candidates() -> None:
+    n, seeds = 12, 6
+    scale = np.linspace(1.0, 4.0, n)
+
+    def reached(make: Callable[..., Optimizer], seed: int) -> float:
+        noise = np.random.default_rng([9, seed])
+        optimizer = make(np.zeros(n), np.ones(n), np.full(n, 0.5), seed=seed)
+
+        def worth(genomes: np.ndarray) -> np.ndarray:
+            return -((scale * (genomes - 0.62)) ** 2).sum(axis=1)
+
+        run(optimizer, lambda g: worth(g) + 0.02 * noise.normal(size=len(g)), 25)
+        return float(worth(optimizer.mean[None])[0])
+
+    plain, helped = ([reached(make, s) for s in range(seeds)] for make in (CMAES, LQCMAES))
+    assert np.mean(helped) > np.mean(plain)
+
+
+def test_the_surrogate_starts_with_a_given_covariance_and_keeps_failures_out() -> None:
+    wanted = np.array([[0.02, 0.01, 0.0], [0.01, 0.03, 0.0], [0.0, 0.0, 0.1]])
+    optimizer = make_optimizer("lq-cma-es", start(covariance=wanted))
+    assert isinstance(optimizer, LQCMAES) and np.allclose(optimizer.covariance, wanted)
+    for generation in range(8):
+        genomes = optimizer.ask()
+        fitness = sphere(genomes)
+        fitness[: (2, 5, 6, 7)[generation % 4]] = (
+            math.nan
+        )  # of 7: too few are left to learn from in two of four
+        optimizer.tell(genomes, fitness)
+    assert optimizer.generation == 8 and np.isfinite(optimizer.ask()).all()
+
+
+def test_the_model_finds_a_quadratic_function_under_noise_and_under_the_shifts_of_generations() -> None:
+    rng = np.random.default_rng(3)
+    slopes, curves = rng.normal(size=6), -rng.uniform(0.2, 1.0, 6)
+
+    def truth(points: np.ndarray) -> np.ndarray:
+        return points @ slopes + np.square(points) @ curves
+
+    points, generations = rng.normal(size=(120, 6)), np.repeat(np.arange(12), 10)
+    shifts = 20.0 * rng.normal(size=12)[generations]
+    exact = LQModel(points, truth(points) + shifts, generations.tolist())
+    new = rng.normal(size=(200, 6))
+    # of a shift, which is all that may differ, and a rest that comes from the smallest noise allowed
+    assert np.std(exact(new) - truth(new)) < 0.02 * np.std(truth(new))
+    noisy = LQModel(points, truth(points) + shifts + 2.0 * rng.normal(size=120), generations.tolist())
+    assert 0.7 < np.corrcoef(noisy(new), truth(new))[0, 1] < 1
+    # it shrinks where there is nothing to learn
+    nothing = LQModel(points, rng.normal(size=120), generations.tolist())
+    assert np.std(nothing(new)) < 0.5
+    assert np.array_equal(LQModel(points[:2], [1.0, 1.0], [0, 1])(new), np.zeros(200))
