@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from typing import Any
 import torch
 from eval_tasks import CASES, ITEMS, QUICK, Case, texts, write_cases
 from lm_eval.models.huggingface import HFLM
+from machine import machine
 from shapes import configuration
 
 from shoal.evals.catalogue import Catalogue
@@ -120,20 +120,6 @@ def made_tokenizer(data: Path | None) -> Any:
 
 
 # ---- the machine
-
-
-def machine() -> Row:
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "load_before": os.getloadavg()[0],
-    }
 
 
 def fastest(run: Callable[[], object], times: int) -> float:

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +26,7 @@ from typing import Any
 
 import torch
 import yaml
+from machine import machine
 from shapes import SHAPES, NoiseParent, runtime_model, tensor_shapes, write
 
 from shoal.merge.checkpoint import Checkpoint
@@ -330,21 +328,6 @@ def tensor_groups_of_noise(parent: NoiseParent) -> Sequence[Any]:
         (Path(folder) / "config.json").write_text(json.dumps(parent.config, default=str))
         parent.path = Path(folder)
         return tensor_groups(parent)
-
-
-def machine(device: str) -> dict[str, Any]:
-    model = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), model)
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
-        "torch": torch.__version__,
-        "load_before": statistics.mean(os.getloadavg()[:1]),
-    }
 
 
 def show(row: Row) -> None:

@@ -9,7 +9,8 @@ mergekit 0.1.5: one weight per parent and block of layers, from 1/(number of par
 of the weight and cma's default popsize, the first items of each task (`limit`), accuracy, and the best sample ever seen
 is kept. (Weights fold at 0 there and are bounded here; two rules for the same half-space.)
 
-Costs count everything that was scored: anchors, racing, finalists on select, winner and baselines on test. The
+Costs count everything that was scored: anchors on their sample, the best of them on every item that a generation draws,
+racing, finalists on select, winner and baselines on test. The
 settings of mergekit-evolve have no anchors, no select and no test, and pay for none.
 
 `gain` is true: the exact expected score of the returned merge less that of the best parent or uniform merge, in points.
@@ -48,6 +49,7 @@ from scipy import stats
 
 from shoal.search.agreement import at_length, more_items, spearman
 from shoal.search.baselines import common_directions
+from shoal.search.growth import grow, level, stalled
 from shoal.search.optimizer import Start, make_optimizer
 from shoal.search.racing import rung_ends, survivors, told_values
 from shoal.search.weighting import Drawn, disagreement, draw_weighted, inclusion
@@ -60,6 +62,7 @@ FULL = (
 FULL_TINY = 45_000  # the same: 150 candidates on 100 items of three tasks
 REPEATS = 4  # seeds per simulated problem: other items, another search
 SIZES = {"search": 300, "select": 150, "test": 300}  # items of each role, per task
+BEHIND = 2.33  # standard errors by which a parent is no finalist, see shoal.stages.anchors
 WEIGHTS = SCALES = dict.fromkeys(map(str, range(TASKS)), 1.0)
 
 
@@ -67,27 +70,33 @@ WEIGHTS = SCALES = dict.fromkeys(map(str, range(TASKS)), 1.0)
 class Setting:
     """One way to search. items: per task and candidate. fresh: a new common subset each generation; else the first
     items for ever; separate: a subset of its own for each candidate. claim: anchors, select and test are scored (and
-    paid for); else the best sample seen is returned with its search score.
+    paid for); else the best sample seen is returned with its search score. grow: the finer space that follows once
+    `patience` generations bring nothing.
     """
 
     name: str
     shape: str = "curve"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(
+        default_factory=lambda: {"coefficients": 4, "tensor_types": ("attn", "mlp")}
+    )
     algorithm: str = "cma-es"
     sigma0: float | None = None
     popsize: int | None = None
     objective: str = "smooth"
-    items: int = 64
+    items: int = 16
+    anchor_items: int = 128
     fresh: bool = True
     separate: bool = False
     weighted: bool = False
     racing: bool = False
     more_items: bool = False
+    grow: Mapping[str, Any] = field(default_factory=dict)
+    patience: int = 20
     return_mean: bool = True
     claim: bool = True
 
 
-OURS = Setting("ours", options={"coefficients": 3, "tensor_types": ("attn", "mlp")}, items=32)
+OURS = Setting("ours")  # as a recipe has it where it says nothing
 MERGEKIT = Setting(
     "mergekit-evolve's settings",
     shape="blocks",
@@ -107,8 +116,10 @@ def settings() -> list[Setting]:
         OURS,
         replace(OURS, name="ours, accuracy as objective", objective="metric"),
         replace(OURS, name="ours, accuracy on 100 items", objective="metric", items=100),
-        replace(OURS, name="ours, 16 items", items=16),
+        replace(OURS, name="ours, 8 items", items=8),
+        replace(OURS, name="ours, 32 items", items=32),
         replace(OURS, name="ours, 64 items", items=64),
+        replace(OURS, name="ours, anchors on all search items", anchor_items=SIZES["search"]),
         replace(OURS, name="ours, first items for ever", fresh=False),
         replace(OURS, name="ours, separate items per candidate", separate=True),
         replace(OURS, name="ours, items where anchors disagree", weighted=True),
@@ -117,10 +128,21 @@ def settings() -> list[Setting]:
         replace(OURS, name="ours, best sample instead of mean", return_mean=False),
         replace(OURS, name="ours, sigma0 = 1/6", sigma0=1 / 6),
         replace(OURS, name="ours, separable CMA-ES", algorithm="sep-cma-es"),
-        replace(OURS, name="ours, one curve for all tensor types", options={"coefficients": 3}),
+        replace(
+            OURS,
+            name="ours, three coefficients",
+            options={"coefficients": 3, "tensor_types": ("attn", "mlp")},
+        ),
+        replace(OURS, name="ours, one curve for all tensor types", options={"coefficients": 4}),
         replace(OURS, name="ours, blocks", shape="blocks", options={"blocks": 4}),
         replace(OURS, name="ours, uniform", shape="uniform", options={}),
         replace(OURS, name="ours, layers", shape="layers", options={"tensor_types": ("attn", "mlp")}),
+        replace(
+            OURS,
+            name="ours, growing to layers per tensor type",
+            grow={"shape": "layers", "tensor_types": ("attn", "mlp")},
+        ),
+        replace(OURS, name="ours, lq surrogate", algorithm="lq-cma-es"),
         replace(OURS, name="random search", algorithm="random"),
         replace(OURS, name="uniform-weight grid", algorithm="grid"),
         MERGEKIT,
@@ -158,25 +180,36 @@ def run_simulated(setting: Setting, seed: int, full: int) -> dict[str, Any]:
     everything = np.array(list(problem.anchors.values()))
     spent, tail = 0, 0
     reference = [np.zeros(SIZES["search"])] * TASKS
+    known = [set[int]() for _ in range(TASKS)]  # items on which the best anchor was scored
+    sample = [np.arange(SIZES["search"])] * TASKS
+    contenders = list(truths)
     weighing: list[dict[int, float] | None] = [None] * TASKS
     if setting.claim:
         anchors = [
             _scores(problem, setting, task, np.arange(SIZES["search"]), everything) for task in range(TASKS)
         ]
-        best = int(np.argmax(np.mean([a.mean(axis=1) for a in anchors], axis=0)))
+        if not setting.weighted:
+            first = [_draw(setting.anchor_items, seed, -1, str(t), None) for t in range(TASKS)]
+            sample = [np.array(sorted(d.items)) for d in first]
+        best = int(
+            np.argmax(np.mean([a[:, s].mean(axis=1) for a, s in zip(anchors, sample, strict=True)], axis=0))
+        )
         reference = [a[best] for a in anchors]
+        known = [set(s.tolist()) for s in sample]
+        contenders = _contenders(problem, list(truths), sample)
         if setting.weighted:
             scores = {
                 n: {str(t): dict(enumerate(a[k].tolist())) for t, a in enumerate(anchors)}
                 for k, n in enumerate(truths)
             }
             weighing = [disagreement(scores, str(task)) for task in range(TASKS)]
-        spent = TASKS * len(truths) * SIZES["search"]
-        # what a run that stops still has to pay: finalists on select, winner and baselines on test, winner on search
-        tail = TASKS * (
-            (len(truths) + 2) * SIZES["select"] + (len(truths) + 1) * SIZES["test"] + SIZES["search"]
+        spent = len(truths) * sum(map(len, sample))
+        # what a run that stops still has to pay: finalists on select, winner and baselines on test, winner on the sample
+        tail = TASKS * ((len(contenders) + 2) * SIZES["select"] + (len(truths) + 1) * SIZES["test"]) + sum(
+            map(len, sample)
         )
     selected = dict(zip(truths, _accuracy(problem, "select", everything), strict=True))
+    selected = {name: selected[name] for name in contenders}
     optimizer = make_optimizer(
         setting.algorithm,
         Start(
@@ -186,11 +219,12 @@ def run_simulated(setting: Setting, seed: int, full: int) -> dict[str, Any]:
         ),
     )  # fmt: skip
     items, halves = setting.items, list[float]()
-    best_sample: tuple[float, Floats] = (-math.inf, space.x0)
+    best_sample: tuple[float, Floats] = (-math.inf, matrix @ space.x0)
+    generations, levels, coarse = 0, list[float](), True
     path: list[tuple[int, float]] = []
     name, chosen = "", problem.anchors["uniform merge"]
     while spent + tail + optimizer.popsize * TASKS * items <= full:
-        number = optimizer.generation if setting.fresh else 0
+        number = generations if setting.fresh else 0
         drawn = [_draw(items, seed, number, str(t), weighing[t]) for t in range(TASKS)]
         genomes = optimizer.ask()
         merges = genomes @ matrix.T
@@ -202,17 +236,22 @@ def run_simulated(setting: Setting, seed: int, full: int) -> dict[str, Any]:
             )
         else:
             fitness, cost, half = _generation(problem, setting, merges, drawn, reference)
+        if setting.claim:
+            met = [range(SIZES["search"]) if setting.separate else d.items for d in drawn]
+            cost += sum(len(set(items) - seen) for items, seen in zip(met, known, strict=True))
+            known = [seen | set(items) for items, seen in zip(met, known, strict=True)]
         spent += cost
         optimizer.tell(genomes, fitness)
+        generations += 1
         if setting.more_items:
             halves.append(half)
             grown = more_items(halves, items, SIZES["search"])
             items, halves = grown, halves if grown == items else []
         top = int(np.argmax(fitness))
         if fitness[top] > best_sample[0]:
-            best_sample = (float(fitness[top]), genomes[top])
+            best_sample = (float(fitness[top]), merges[top])
         if setting.claim:
-            finalists = {"best": matrix @ best_sample[1]}
+            finalists = {"best": best_sample[1]}
             if setting.return_mean:
                 finalists = {"mean": matrix @ optimizer.mean, **finalists}
             found = _accuracy(problem, "select", np.array(list(finalists.values())))
@@ -220,10 +259,22 @@ def run_simulated(setting: Setting, seed: int, full: int) -> dict[str, Any]:
             name = max(scored, key=lambda n: scored[n])
             chosen = (finalists | problem.anchors)[name]
         else:
-            name, chosen = "best", matrix @ best_sample[1]
+            name, chosen = "best", best_sample[1]
         path.append((spent + tail, problem.truth(chosen) - best_truth))
+        levels.append(level(fitness.tolist()))
+        if setting.grow and coarse and stalled(levels, setting.patience):
+            finer, coarse = space_of(**setting.grow), False
+            start = grow(space, finer, optimizer.mean, optimizer.covariance)
+            optimizer = make_optimizer(
+                setting.algorithm,
+                Start(finer.low, finer.high, start.x0, seed + 1, covariance=start.covariance),
+            )
+            space, matrix = finer, weights_matrix(finer)
     truth = problem.truth(chosen)
-    tested, searched = (_accuracy(problem, role, chosen[None])[0] for role in ("test", "search"))
+    tested = _accuracy(problem, "test", chosen[None])[0]
+    searched = float(
+        np.mean([problem.answers("search", t, s, chosen[None])[0].mean() for t, s in enumerate(sample)])
+    )
     return {
         "setting": setting.name,
         "seed": seed,
@@ -233,7 +284,7 @@ def run_simulated(setting: Setting, seed: int, full: int) -> dict[str, Any]:
         "overstatement": 100 * ((tested if setting.claim else best_sample[0]) - truth),
         "search_overstatement": 100 * ((searched if setting.claim else best_sample[0]) - truth),
         "returned": name,
-        "generations": optimizer.generation,
+        "generations": generations,
         "item_evaluations": spent + tail,
         "path": [(cost, round(100 * gain, 4)) for cost, gain in path],
     }
@@ -242,6 +293,21 @@ def run_simulated(setting: Setting, seed: int, full: int) -> dict[str, Any]:
 def _scores(problem: Problem, setting: Setting, task: int, items: Any, merges: Floats) -> Floats:
     right, smooth = problem.answers("search", task, np.asarray(items, dtype=np.intp), merges)
     return smooth if setting.objective == "smooth" else right
+
+
+def _contenders(problem: Problem, names: Sequence[str], sample: Sequence[NDArray[np.intp]]) -> list[str]:
+    """Anchors that are finalists: uniform merge, best parent, and parents that are not surely behind it."""
+    everything = np.array([problem.anchors[name] for name in names])
+    right = [problem.answers("search", t, items, everything)[0] for t, items in enumerate(sample)]
+    parents = [i for i, name in enumerate(names) if name != "uniform merge"]
+    best = max(parents, key=lambda i: float(np.mean([r[i].mean() for r in right])))
+    kept = []
+    for i, name in enumerate(names):
+        leads = [r[best] - r[i] for r in right]
+        error = math.sqrt(sum(d.var(ddof=1) / len(d) for d in leads)) / len(leads)
+        if i not in parents or float(np.mean([d.mean() for d in leads])) <= BEHIND * error:
+            kept.append(name)
+    return kept
 
 
 def _accuracy(problem: Problem, role: str, merges: Floats) -> list[float]:
@@ -494,6 +560,9 @@ def main() -> None:
     parser.add_argument(
         "--first-seed", type=int, default=0, help="4000 and on (tiny: 100 and on) are for tuning"
     )
+    parser.add_argument(
+        "--only", help="names of settings, separated by semicolons, beside ours and mergekit-evolve's"
+    )
     parser.add_argument("--full", type=int, help="item-evaluations of every run")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
@@ -506,6 +575,13 @@ def main() -> None:
     chosen = settings()
     if not simulate:
         chosen = tiny_settings(few=arguments.quick)
+    if arguments.only:
+        names = [name.strip() for name in arguments.only.split(";")]
+        if unknown := set(names) - {s.name for s in chosen}:
+            parser.error(f"--only: unknown {sorted(unknown)}; settings: {'; '.join(s.name for s in chosen)}")
+        # what all are compared with must be there
+        names += [OURS.name, MERGEKIT.name]
+        chosen = [s for s in chosen if s.name in names]
     started = time.perf_counter()
     rows = simulated(chosen, seeds, full, arguments.processes) if simulate else tiny(chosen, seeds, full)
     found = summary(rows, full)

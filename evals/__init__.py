@@ -13,7 +13,9 @@ attention   attention over that tree, as an attention function of transformers
 engine      log-likelihoods over the tree or in plain batches
 generation  generates with continuous batching; `slots` holds keys and values of what runs
 scorer      scores a subset of the items, one row per item
+writing     what a model writes to prompts of ours
 objective   the smooth objective of an item
+backward    its gradient with respect to the model's parameters, batch by batch
 updates     the protocol by which a scorer elsewhere takes weights
 finite      the first module whose output is not finite
 limits      memory of a forward pass, and batches that are halved

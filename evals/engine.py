@@ -209,7 +209,7 @@ class PlainEngine:
         for start in range(0, len(ordered), self.rows):
             batch = ordered[start : start + self.rows]
             first = min(len(t) - len(sequences[i].targets) for t in batch for i in together[t])
-            logits = self._logits(batch, first)
+            logits = self.logits(batch, first)
             for row, tokens in enumerate(batch):
                 for index in together[tokens]:
                     targets = torch.tensor(sequences[index].targets, device=logits.device)
@@ -224,11 +224,11 @@ class PlainEngine:
     @torch.inference_mode()
     def gaps(self, prompt: tuple[int, ...], made: Sequence[int]) -> list[float]:
         """By how much the logit of each token of `made`, which follow `prompt`, falls short of the largest there."""
-        logits = self._logits([(*prompt, *made[:-1])], len(prompt) - 1)[0].float()
+        logits = self.logits([(*prompt, *made[:-1])], len(prompt) - 1)[0].float()
         picked = logits.gather(1, torch.tensor(list(made), device=logits.device).unsqueeze(1))[:, 0]
         return [float(x) for x in logits.amax(dim=-1) - picked]
 
-    def _logits(self, rows: Sequence[tuple[int, ...]], first: int) -> Tensor:
+    def logits(self, rows: Sequence[tuple[int, ...]], first: int) -> Tensor:
         """Logits [rows, width - first, vocabulary] of the positions from `first` on."""
         width = max(len(row) for row in rows)
         count = len(rows) * width

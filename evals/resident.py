@@ -101,14 +101,9 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             raise EvaluationError("engine: tree needs a causal model whose forward takes logits_to_keep")
         self._checked = engine == "tree" or self._tree is None
         ends = [self.eot_token_id, *_listed(getattr(self.model.generation_config, "eos_token_id", None))]
+        self.ends = frozenset(e for e in ends if e is not None)  # a text ends after one of these
         self._generator = (
-            Generator(
-                self.model,
-                [e for e in ends if e is not None],
-                rows,
-                self._tree.budget,
-                self.work,
-            )
+            Generator(self.model, sorted(self.ends), rows, self._tree.budget, self.work)
             if self._tree is not None
             else None
         )
@@ -286,7 +281,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         self._check(sequences)
         engine = self._engine()
         assert engine is not None
-        with self._precision():
+        with self.precision():
             return [(one.value, one.greedy) for one in engine.score(sequences)]
 
     def _within_memory(self, run: Callable[[], T]) -> T:
@@ -295,7 +290,8 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             run, self.shrink, lambda text: self.notes.append(f"{text} ({self.engine_words()})")
         )
 
-    def _precision(self) -> Any:
+    def precision(self) -> Any:
+        """The context that forward passes run in: mixed precision where the model arguments ask for it."""
         return torch.autocast(
             device_type=self.device.type,
             dtype=self.mixed_precision_dtype,
@@ -311,7 +307,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             return
         self._checked = True
         try:
-            with self._precision():
+            with self.precision():
                 reason = compare(self._tree, self._plain, sequences)
         except Unsupported as error:
             reason = str(error)
@@ -342,23 +338,39 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             prompt = self._prompt(context, most)
             number = numbers[prompt] = numbers.get(prompt, -1) + 1
             ours.append((index, Request(prompt, most, self._stopper(until), sampling, number), until))
-        if ours and not self._generates:
-            self._check_generation([request for _, request, _ in ours])
-            if self._generator is None:
-                theirs = list(range(len(requests)))
-                ours = []
-        if ours:
-            assert self._generator is not None
-            with self._precision():
-                made = self._generator.generate([request for _, request, _ in ours])
-            for (index, _, until), tokens in zip(ours, made, strict=True):
-                results[index] = self._text(tokens, until)
-                self.cache_hook.add_partial("generate_until", requests[index].args, results[index])
+        made = self._made([request for _, request, _ in ours])
+        if made is None:
+            theirs, ours, made = list(range(len(requests))), [], []
+        for (index, _, until), tokens in zip(ours, made, strict=True):
+            results[index] = self._text(tokens, until)
+            self.cache_hook.add_partial("generate_until", requests[index].args, results[index])
         if theirs:
             texts = HFLM.generate_until(self, [requests[i] for i in theirs], disable_tqdm=disable_tqdm)
             for index, text in zip(theirs, texts, strict=True):
                 results[index] = text
         return [text if text is not None else "" for text in results]
+
+    def greedy(self, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]] | None:
+        """New tokens after each prompt, an end token included where one was made; no stop strings.
+
+        None: transformers' own generate has to do it.
+        """
+        sampling = self._sampling({})
+        if sampling is None:
+            return None
+        requests = [Request(tuple(p), most, lambda tokens: False, sampling) for p in prompts]
+        return self._within_memory(lambda: self._made(requests))
+
+    def _made(self, requests: Sequence[Request]) -> list[list[int]] | None:
+        """New tokens of every request; None where transformers' own generate has to do it."""
+        if not requests:
+            return []
+        if self._generator is not None and not self._generates:
+            self._check_generation(requests)
+        if self._generator is None:
+            return None
+        with self.precision():
+            return self._generator.generate(requests)
 
     def _sampling(self, kwargs: dict[str, Any]) -> Sampling | None:
         """How tokens are chosen; None where transformers' own generate has to do it.
@@ -448,7 +460,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         most = min(4, *(r.most for r in requests))
         reason = None
         try:
-            with self._precision():
+            with self.precision():
                 made = self._generator.generate([Request(p, most, lambda tokens: False) for p in some])
                 gaps = [g for p, tokens in zip(some, made, strict=True) for g in self._plain.gaps(p, tokens)]
             if max(gaps) > (1e-3 if self._plain.dtype == torch.float32 else 0.5):

@@ -15,7 +15,7 @@ from typing import Any
 from shoal.errors import EvaluationError
 from shoal.evals.catalogue import TaskSource
 from shoal.evals.finite import first_broken
-from shoal.evals.objective import answer_objective, choice_objective, gold_options
+from shoal.evals.objective import form_of
 from shoal.evals.quiet import quiet_libraries
 from shoal.evals.remember import remember
 from shoal.evals.requests import ItemRequests, fresh
@@ -90,39 +90,14 @@ class Scorer:
                 responses = [instance.filtered_resps[ensemble.name] for instance in instances]
                 for name, value in source.task.process_results(doc, responses).items():
                     metrics[f"{name},{ensemble.name}"] = plain(value)
-            objective, tokens = self._objective(source, doc, instances, gold, logliks)
+            form = form_of(self.lm, source, doc, instances, gold)
+            objective, tokens = (None, 0) if form is None else (form.value(logliks), form.size)
             yield ItemScore(task, role, item, metrics, objective, logliks, tokens)
 
     def _broken(self, instances: list[Any]) -> str:
         """Where the numbers of this item first stop being finite."""
         tokens = next(s.tokens for i in instances if i is not None for s in self.lm.sequences(i))
         return f"first at {first_broken(self.lm.model, tokens)}"
-
-    def _objective(
-        self,
-        source: TaskSource,
-        doc: dict[str, Any],
-        instances: list[Any],
-        gold: Any | None,
-        logliks: tuple[float, ...],
-    ) -> tuple[float | None, int]:
-        def length(instance: Any) -> int:
-            return len(self.lm.encode(*instance.args[:2])[1])
-
-        if gold is not None:
-            return answer_objective(logliks[-1], length(gold)), length(gold)
-        if not instances or instances[0].request_type == "generate_until":
-            return None, 0
-        if source.output_type == "multiple_choice":
-            count = len(source.task.doc_to_choice(doc))
-            lengths = [length(instance) for instance in instances[:count]]
-            if source.task.multiple_input:  # the options are contexts that share one continuation
-                lengths = [1] * count
-            return choice_objective(logliks[:count], lengths, gold_options(source.task, doc)), sum(lengths)
-        if instances[0].request_type == "loglikelihood_rolling":
-            size = len(str(instances[0].args[0]).encode())
-            return answer_objective(logliks[0], size), size
-        return answer_objective(logliks[0], length(instances[0])), length(instances[0])
 
 
 def _logliks(instances: list[Any], gold: Any | None) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from shoal.errors import CheckpointError, RecipeError, nearest
 from shoal.merge.adapter import Adapter
 from shoal.merge.checkpoint import Parent
 from shoal.merge.compiled import Compile, Kernels, Work, eager
+from shoal.merge.keeps import Keep
 from shoal.merge.layout import Layout, layouts, settle
 from shoal.merge.measurements import Measurements, Origin, Tensors, depends_on_tensors
 from shoal.merge.memory import Memory, plan_memory
@@ -46,6 +48,22 @@ class _Piece:
     group: OutputGroup
     parameters: Resolved
     index: int
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What one tensor of a merged model is made of, for those who compute something else of it than the merge.
+
+    group: index in the plan. target: the tensor in the resident model, a view that need not be contiguous. keeps: one
+    per source, empty where dropped elements are the base's already. load: the flat base (None for methods without one)
+    and the flat sources in stored dtypes, wherever they are kept.
+    """
+
+    group: int
+    target: Tensor
+    terms: Terms
+    keeps: tuple[Keep | None, ...]
+    load: Callable[[], tuple[Tensor | None, list[Tensor]]]
 
 
 class Merger:
@@ -174,6 +192,29 @@ class Merger:
         for name, tensor in self._by_mergekit(plan, canonical=True):
             into(outputs[name]).put(0, tensor.reshape(-1))
             yield outputs[name]
+
+    def operands(self, plan: MergePlan) -> Iterator[Operands]:
+        """What every tensor of the resident model is made of; nothing is loaded before it is asked for.
+
+        Raises:
+            CheckpointError: the model has no direct map from the checkpoint.
+        """
+        if self.model is None or not self._map:
+            reason = "this Merger was made without one" if self.model is None else "; ".join(self.notes)
+            raise CheckpointError(f"no tensor of the merge has a place in the resident model: {reason}")
+        homes = {e.name: (stock, i) for stock, _ in self._stocks for i, e in enumerate(stock.layout.entries)}
+        index = {group.name: i for i, group in enumerate(plan.groups)}
+        for name, piece in self._checked(plan).items():
+            target = self._map[name]
+            if not is_native(piece.group) or not target.dtype.is_floating_point:
+                continue
+            tensors = self._tensors(plan, name, piece, self.device)
+            terms = self._measured.terms(method(piece.group.operator).name, piece.parameters, tensors)
+            here = all(s.group == piece.group.name for s in piece.group.sources)
+            stock, entry = homes.get(name, (None, 0)) if here else (None, 0)
+            load = partial(_load, tensors, terms, stock, entry)
+            keeps = terms.keeps if stock is None else ()
+            yield Operands(index[piece.group.name], target, terms, keeps, load)
 
     # --- the plan ---
 
@@ -371,6 +412,27 @@ class Merger:
 
         for operator in sorted(operators):
             yield from merge_by_mergekit(plan, operator, self.parents, canonical)
+
+
+def _load(
+    tensors: Tensors, terms: Terms, stock: Stock | None, index: int
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Flat base and sources of one tensor: from the buffers of the parents where it has a place there."""
+    if stock is None:
+        base = None if tensors.base is None else tensors.load(tensors.base)
+        return base, [tensors.load(source) for source in tensors.sources]
+    entry = stock.layout.entries[index]
+
+    def view(flat: Tensor) -> Tensor:
+        return stock.layout.view(flat, entry)
+
+    if tensors.base is None:
+        return None, [view(stock.plain(model)) for model, _ in tensors.sources]
+    root = tensors.base[0]
+    if not terms.keeps:
+        return view(stock.plain(root)), [view(stock.plain(model)) for model, _ in tensors.sources]
+    kept = zip(tensors.sources, terms.keeps, strict=True)
+    return view(stock.plain(root)), [view(stock.kept(m, root, {index: keep})) for (m, _), keep in kept]
 
 
 def _runs(plan: MergePlan, pieces: Mapping[str, _Piece], layout: Layout) -> Iterator[list[int]]:

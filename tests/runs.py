@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from shoal.journal import Journal
 from shoal.preflight import Prepared
 from shoal.recipe import Recipe, parse_recipe
+from shoal.run import evolve
 from shoal.types import Capabilities, Completed, Failed, Job, Worker
 from shoal.worker import LocalWorker
 
@@ -36,12 +39,19 @@ def content(run: Path) -> dict[str, list[Any]]:
             "scores": database.execute(
                 "SELECT * FROM scores ORDER BY candidate, role, task, item, rung"
             ).fetchall(),
-            "courses": [
-                json.loads(row[0])
-                for row in database.execute("SELECT data FROM events WHERE kind='course' ORDER BY id")
+            "courses": events(database, "course"),
+            "written": [
+                {key: value for key, value in event.items() if not key.startswith("seconds")}
+                for event in events(database, "written")
             ],
+            "disqualified": events(database, "disqualified"),
             "tells": database.execute("SELECT * FROM tells ORDER BY generation").fetchall(),
         }
+
+
+def events(database: sqlite3.Connection, kind: str) -> list[dict[str, Any]]:
+    rows = database.execute("SELECT data FROM events WHERE kind=? ORDER BY id", (kind,))
+    return [json.loads(row[0]) for row in rows]
 
 
 class Meddler:
@@ -75,3 +85,34 @@ class Meddler:
 
 def meddled(meddle: Callable[[Job, int], Completed | Failed | None]) -> Callable[[Prepared, str], Worker]:
     return lambda prepared, device: Meddler(LocalWorker(prepared.recipe, prepared.lock, device), meddle)
+
+
+class Killed(BaseException):
+    """What a test raises where a process would be killed."""
+
+
+def evolve_killed_after_every_step(
+    mine: Any, run: Path, worker: Callable[[Prepared, str], Worker], monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, Any], int]:
+    """The result of a run whose process ends after every single step that it writes to the journal; and how many."""
+    steps = 0
+
+    def dying(write: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(self: Journal, *args: Any, **kwargs: Any) -> None:
+            nonlocal steps
+            write(self, *args, **kwargs)
+            if args[0] not in ("start", "loaded", "note"):  # every process writes these
+                steps += 1
+                raise Killed
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name in ("event", "ask", "complete", "tell"):
+            patch.setattr(Journal, name, dying(getattr(Journal, name)))
+        while True:
+            before = steps
+            try:
+                return evolve(mine, run, device="cpu", worker=worker), steps
+            except Killed:
+                assert steps == before + 1

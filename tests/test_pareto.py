@@ -210,7 +210,7 @@ def test_a_candidate_of_the_front_is_merged_by_its_id(run: Path, tmp_path: Path)
     from shoal.merge.hashing import weights_sha256
 
     front = pareto(run, TASKS)
-    chosen = next(entry for entry in front.members() if entry.kind == "search")
+    chosen = next(entry for entry in front.entries if entry.kind == "search")
     result = CliRunner().invoke(
         app, ["merge", str(run), "--candidate", chosen.id, "-o", str(tmp_path / "model")]
     )

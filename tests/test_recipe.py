@@ -36,6 +36,20 @@ def test_older_words_and_yaml_switches_are_understood() -> None:
         assert parse_recipe(recipe.to_yaml()) == recipe
 
 
+def test_a_finer_space_says_what_is_finer_and_keeps_the_rest() -> None:
+    space = parse_recipe(
+        MINIMAL
+        + "space: {shape: uniform, tensor_types: [mlp], bounds: {weight: [0, 1]}, grow: [{shape: curve}, {coefficients: 5}]}"
+    ).space
+    first, second, third = space.stages()
+    assert (first.shape, second.shape, third.shape) == ("uniform", "curve", "curve")
+    assert (second.coefficients, third.coefficients) == (None, 5)
+    assert all(
+        s.tensor_types == ("mlp",) and s.bounds == space.bounds and not s.grow for s in (first, second, third)
+    )
+    assert parse_recipe(MINIMAL).space.stages() == (parse_recipe(MINIMAL).space,)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -61,6 +75,9 @@ def test_older_words_and_yaml_switches_are_understood() -> None:
             "max_drop of task 't' is in units of its score",
         ),
         (MINIMAL + "space: {bounds: {weight: [1, 0]}}", r"low < high, found \[1\.0, 0\.0\]"),
+        (MINIMAL + "space: {grow: [{shap: layers}]}", r"unknown key 'shap' at .*; did you mean 'shape'"),
+        (MINIMAL + "space: {grow: [{}]}", r"space\.grow\.0: a finer space must differ from the one before"),
+        (MINIMAL + "space: {patience: 1}", "greater than or equal to 2, found 1"),
         (MINIMAL + "space: {shape: spiral}", "space.shape: .*'curve'.*found 'spiral'"),
         ("name: x\nmodels: [a/b, a/b]\ntasks: [{task: t}]", "model 'a/b' is named 2 times"),
         ("name: x\nmodels: [a/b]\ntasks: [{task: t}, {task: t}]", "task 't' is named 2 times"),

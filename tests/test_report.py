@@ -133,6 +133,37 @@ def test_mcnemar_stands_beside_metrics_that_are_0_or_1() -> None:
     assert line.endswith("closest baseline: sums 40 won, 12 lost to uniform merge, p = 0.012")
 
 
+def test_who_was_disqualified_is_said_with_the_reason() -> None:
+    def lines(**guard: Any) -> list[str]:
+        sanity = {"written": {}, "disqualified": {}, "unchecked": {}} | guard
+        return [
+            w for w in result_words(result("ties", sanity=sanity)) if "disqualified" in w or "sanity" in w
+        ]
+
+    assert lines() == []
+    assert lines(disqualified={"mean@9": "ends 0 of 16 texts, parents 16"}) == [
+        "disqualified by what it writes to fixed prompts: mean@9: ends 0 of 16 texts, parents 16"
+    ]
+    unchecked = {"mean@9": "the worker cannot generate", "base": "the worker cannot generate"}
+    assert lines(unchecked=unchecked) == [
+        "sanity guard: mean@9, base were not asked to write: the worker cannot generate"
+    ]
+    text = claim_words(
+        "ties",
+        "base",
+        {c.against: c for c in [comparison("base", 0.0, 0.0), AHEAD[1]]},
+        0.01,
+        400,
+        [],
+        1,
+        NoSplits(),  # type: ignore[arg-type]
+        ["mean@9"],
+    )
+    assert text.endswith(
+        "no merge among the finalists that could be chosen did better there (disqualified: mean@9)"
+    )
+
+
 def test_an_end_that_is_not_known_is_said_to_be_unknown() -> None:
     unknown = result("underpowered")
     unknown["comparisons"][0] |= {"low": None, "high": None, "method": "none"}

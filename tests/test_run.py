@@ -86,7 +86,7 @@ def test_killed_three_times_a_run_ends_as_if_nothing_had_happened(
     run, path = tmp_path / "killed", tmp_path / "recipe.yaml"
     path.write_text(recipe(pico).to_yaml())
     # among the anchors; scored but not yet journalled in the second generation; with the test items just opened
-    for count, before in ((3, True), (7, False), (15, True)):
+    for count, before in ((3, True), (7, False), (21, True)):
         script = KILLED.format(
             tests=str(Path(__file__).parent), count=count, before=before, recipe=str(path), run=str(run)
         )

@@ -1,11 +1,24 @@
 """A finalist that repeats itself, never ends or writes garbage is turned away; one as bad as a parent is not."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from shoal.errors import EvaluationError
-from shoal.sanity import MAX_TOKENS, PROMPTS, Generated, Sanity, degenerate, is_broken, measure
+from shoal.sanity import (
+    MAX_TOKENS,
+    PROMPTS,
+    Sanity,
+    Written,
+    degenerate,
+    disqualified,
+    is_broken,
+    measure,
+    read_written,
+)
+from shoal.sanity import written as written_by
+from shoal.types import Generated
 
 TEXT = "The soup is hot and the bread is fresh."
 
@@ -94,6 +107,35 @@ def test_a_model_that_writes_next_to_nothing_or_without_end() -> None:
     assert degenerate(measure(written(length=161)), [FINE, replace(FINE, length=60.0)]) is None
 
 
+def test_parents_that_write_nothing_are_no_measure_of_length_and_repetition() -> None:
+    silent = measure([Generated("", (), True)] * 16)
+    looping = Generated("go go go", (5,) * 400, True)
+    assert degenerate(measure([looping, *[Generated("", (), True)] * 15]), [silent]) is None
+    assert "repeats itself" in str(degenerate(measure([looping] * 16), [silent, FINE]))
+    assert "writes 400 tokens" in str(degenerate(measure([looping] * 16), [silent]))
+
+
+def test_what_was_written_comes_back_from_json() -> None:
+    ours = [
+        written_by("mean@3", written(ended=9)),
+        Written("best@3", (), (), None, "no memory"),
+    ]
+    events = json.loads(json.dumps([one.event() for one in ours]))
+    assert read_written(events) == {one.candidate: one for one in ours}
+    assert events[0]["texts"]["15"] == TEXT
+
+
+def test_who_is_turned_away_and_why() -> None:
+    fine, endless = written_by("left", written()), written_by("mean@3", written(ended=0))
+    mute = Written("best@3", (), (), None, "no memory")
+    assert disqualified([endless, mute, replace(fine, candidate="uniform merge")], [fine]) == {
+        "mean@3": "ends 0 of 16 texts, parents 16",
+        "best@3": "could not write: no memory",
+    }
+    with pytest.raises(EvaluationError, match="best@3 wrote nothing to compare with: no memory"):
+        disqualified([endless], [fine, mute])
+
+
 def test_a_model_that_writes_garbage() -> None:
     def garbled(count: int) -> Sanity:
         texts = written()
@@ -103,6 +145,8 @@ def test_a_model_that_writes_garbage() -> None:
     assert degenerate(garbled(2), [FINE]) == "2 of 16 texts are broken, parents 0"
     assert degenerate(garbled(2), [FINE, garbled(1)]) is None
     assert degenerate(garbled(3), [FINE, garbled(1)]) == "3 of 16 texts are broken, parents 0 to 1"
+    assert degenerate(garbled(8), [FINE, garbled(6)]) is None
+    assert degenerate(garbled(9), [FINE, garbled(6)]) == "9 of 16 texts are broken, parents 0 to 6"
 
 
 def test_all_reasons_are_given() -> None:

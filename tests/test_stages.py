@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Meddler, content, meddled, recipe, stable
+from runs import Meddler, content, evolve_killed_after_every_step, meddled, recipe, stable
 
 from shoal.errors import RunError
 from shoal.journal import Journal
@@ -24,10 +24,6 @@ GUARDED = [
     {"task": "pico_choice", "metric": "acc"},
     {"task": "pico_next", "metric": "acc", "max_drop": 0.001},
 ]
-
-
-class Killed(BaseException):
-    """What a test raises where a process would be killed."""
 
 
 @pytest.fixture
@@ -66,33 +62,6 @@ def instead(
         return Meddler(inner, meddle)
 
     return make
-
-
-def evolve_killed_after_every_step(
-    mine: Any, run: Path, worker: Callable[[Prepared, str], Worker], monkeypatch: pytest.MonkeyPatch
-) -> tuple[dict[str, Any], int]:
-    """The result of a run whose process ends after every single step that it writes to the journal; and how many."""
-    steps = 0
-
-    def dying(write: Callable[..., None]) -> Callable[..., None]:
-        def wrapped(self: Journal, *args: Any, **kwargs: Any) -> None:
-            nonlocal steps
-            write(self, *args, **kwargs)
-            if args[0] not in ("start", "loaded", "note"):  # every process writes these
-                steps += 1
-                raise Killed
-
-        return wrapped
-
-    with monkeypatch.context() as patch:
-        for name in ("event", "ask", "complete", "tell"):
-            patch.setattr(Journal, name, dying(getattr(Journal, name)))
-        while True:
-            before = steps
-            try:
-                return evolve(mine, run, device="cpu", worker=worker), steps
-            except Killed:
-                assert steps == before + 1
 
 
 @pytest.mark.parametrize("search", [SEARCH, RACING], ids=["plain", "racing"])

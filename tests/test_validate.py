@@ -61,6 +61,31 @@ BROKEN = {
         p.recipe(search={"optimizer": "cma"}),
         "search.optimizer: unknown 'cma'",
     ),
+    "finer space that is coarser": lambda p, **_: (
+        p.recipe(
+            space={
+                "shape": "layers",
+                "tensor_types": [],
+                "grow": [{"tensor_types": ["attn", "mlp"]}, {"shape": "curve"}],
+            }
+        ),
+        "space.grow.1: curve per attn and mlp, 12 genes: expected more genes than layers per attn and mlp, 12 genes",
+    ),
+    "finer space that does not nest": lambda p, **_: (
+        p.recipe(
+            space={
+                "shape": "curve",
+                "coefficients": 2,
+                "tensor_types": [],
+                "grow": [{"shape": "blocks", "blocks": 2, "tensor_types": ["attn", "mlp"]}],
+            }
+        ),
+        "space.grow.0: blocks per attn and mlp, 8 genes: does not contain curve, 4 genes; a search goes on",
+    ),
+    "growth without a covariance": lambda p, **_: (
+        p.recipe(space={"shape": "uniform", "grow": [{"shape": "layers"}]}, search={"optimizer": "random"}),
+        "space.grow: 'random' has no covariance to carry into a finer space",
+    ),
     "race without ranks": lambda p, **_: (
         p.recipe(search={"optimizer": "random", "racing": "on"}),
         "racing is for cma-es and sep-cma-es",
@@ -132,11 +157,29 @@ def test_a_good_recipe_is_described(pico: Any, tmp_path: Path) -> None:
     for words in (
         "base (",
         "task_arithmetic@1, weights written as float32",
-        "curve, 4 genes",
+        "curve per attn and mlp, 8 genes",
         "weight of left: ",
         "per layer",
         "84 search (pico_choice validation), 34 select (pico_choice validation), 120 test",
         "12 candidates: 3 generations of 4",
         "240 test items can show a gain of 8.0 points or more",
+    ):
+        assert words in result.stdout
+
+
+def test_the_stages_of_a_search_that_grows_are_described(pico: Any, tmp_path: Path) -> None:
+    space = {
+        "shape": "uniform",
+        "tensor_types": [],
+        "patience": 3,
+        "grow": [{"shape": "curve", "coefficients": 2}, {"shape": "layers"}],
+    }
+    result = validate(pico.recipe(space=space, search={"budget": 60, "items": 16}), tmp_path)
+    assert result.exit_code == 0, result.output
+    for words in (
+        "uniform, 2 genes",
+        "curve, 4 genes, generations of 8, once 3 generations bring nothing beyond noise",
+        "layers, 6 genes, generations of 9, once 3 generations bring nothing beyond noise",
+        "60 candidates: up to 10 generations of 6",
     ):
         assert words in result.stdout

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from shoal.page import Live
 from shoal.recipe import Recipe, load_recipe
 from shoal.report import write_plots
 from shoal.run import evolve as evolve_run
-from shoal.stages.observer import Observer
+from shoal.stages.observer import Observer, Silent
 
 
 def evolve(
@@ -24,6 +25,8 @@ def evolve(
 ) -> dict[str, Any]:
     """Start or continue the run of a recipe; returns the content of RUN/result.json, plots are in RUN.
 
+    RUN/report.html is written while the run goes on and at its end.
+
     recipe: a file, or a loaded recipe (its relative paths are then relative to the working directory).
     run: the run's folder, default `runs/NAME`. device: auto, cpu, cuda or cuda:N.
     memory: where the parents are kept: device, host (streamed to the device), disk, or auto (by size).
@@ -36,16 +39,17 @@ def evolve(
     folder = Path() if isinstance(recipe, Recipe) else Path(recipe).parent
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     where = Path("runs") / loaded.name if run is None else Path(run)
-    result = evolve_run(
-        loaded,
-        where,
-        base_folder=folder,
-        device=device,
-        memory=memory,
-        memory_limit=memory_limit,
-        reopen_test=reopen_test,
-        save_weights=save_weights,
-        observer=observer,
-    )
+    with Live(where, observer or Silent()) as seen:
+        result = evolve_run(
+            loaded,
+            where,
+            base_folder=folder,
+            device=device,
+            memory=memory,
+            memory_limit=memory_limit,
+            reopen_test=reopen_test,
+            save_weights=save_weights,
+            observer=seen,
+        )
     write_plots(where)
     return result

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 from typer.core import TyperCommand
 
+from shoal import cli_hub
 from shoal.errors import EvaluationError, RunError, ShoalError
 from shoal.version import __version__
 
@@ -138,7 +139,7 @@ def validate(
     from shoal.worker import resolve_device
 
     console = _console()
-    prepared = prepare(load_recipe(recipe), recipe.parent, lambda text: None)
+    prepared = prepare(load_recipe(recipe), recipe.parent, lambda text: None, outlines=True)
     rows = describe(prepared, resolve_device(device), memory, _bytes(memory_limit))
     if estimate:
         rows += estimate_cost(prepared, resolve_device(device)).rows()
@@ -414,6 +415,26 @@ def pareto(
     console.print(where, markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+@guarded
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write; default RUN/report.html.")
+    ] = None,
+    item_text: Annotated[
+        bool,
+        typer.Option(
+            "--item-text/--no-item-text", help="Show the texts of the items gained and lost, from the tasks."
+        ),
+    ] = True,
+) -> None:
+    """Write the report of a run as one HTML file that loads nothing: verdict, scores, search, weights, items, cost."""
+    from shoal.page import write_page
+
+    typer.echo(write_page(run, out, item_text=item_text))
+
+
 @app.command("import")
 @guarded
 def import_(
@@ -499,6 +520,12 @@ def zoo_smollm2(
     typer.echo(f"written to {folder} (weights_sha256 {manifest['weights_sha256'][:16]}, source {source})")
 
 
+for _command in (cli_hub.publish, cli_hub.download, cli_hub.reproduce):
+    app.command()(guarded(_command))
+cli_hub.hub_app.command("list")(guarded(cli_hub.list_))
+app.add_typer(cli_hub.hub_app, name="hub")
+
+
 def _evolve(
     recipe_path: Path,
     run: Path | None,
@@ -533,7 +560,7 @@ def _evolve(
     console.print(words[0], style=verdict_style(result), markup=False, highlight=False, soft_wrap=True)
     for line in [
         *words[1:],
-        f"in {run}: result.json, best/mergekit_config.yml, {', '.join(plots)}",
+        f"in {run}: report.html, result.json, best/mergekit_config.yml, {', '.join(plots)}",
     ]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not (run / "best" / "model").is_dir():

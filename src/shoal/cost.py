@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.preflight import Prepared
+from shoal.sample import search_sample
+from shoal.search.ascent import MOST
 from shoal.types import ROLES, Role
 from shoal.worker import plan_tasks
 
@@ -22,7 +24,7 @@ PROMPTS = 4
 
 @dataclass(frozen=True)
 class RoleCost:
-    """One candidate on all items of a role that it meets. generated: tokens at most."""
+    """One candidate on all items of a role that it meets, of search items an anchor's. generated: tokens at most."""
 
     tokens: int
     shared: int
@@ -94,26 +96,33 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         seconds = found.tokens / rate + (found.generated / decoding if found.generated else 0.0)
         return RoleCost(found.tokens, found.shared, found.generated, flops, seconds)
 
+    sample = search_sample(lock)
     roles = {
         role: priced(
             cost(
                 lm,
                 tasks,
-                {(t.task, role): t.roles[role].items for t in lock.tasks},
+                {
+                    (t.task, role): sample[t.task] if role == "search" else t.roles[role].items
+                    for t in lock.tasks
+                },
                 generate=role != "search" or searching,
             )
         )
         for role in ROLES
     }
-    some = {(t.task, _SEARCH): t.roles["search"].items[: recipe.search.items] for t in lock.tasks}
+    some = {(t.task, _SEARCH): t.roles["search"].items[: lock.search.items] for t in lock.tasks}
     candidate = priced(cost(lm, tasks, some, generate=searching))
     baselines = len(prepared.baselines())
+    # at most: the best anchor meets the items of a generation that it has not met, and clear losers are no finalists
     seconds = (
-        baselines * roles["search"].seconds
-        + prepared.generations * lock.popsize * candidate.seconds
+        (baselines + 1) * roles["search"].seconds
+        + prepared.generations * (lock.popsize + 1) * candidate.seconds
         + (baselines + 2) * roles["select"].seconds
         + (baselines + 1) * roles["test"].seconds
     )
+    if lock.search.start == "gradient":
+        seconds += MOST * lock.search.start_items / lock.search.items * candidate.seconds
     return Estimate(candidate, roles, seconds, share, lm.engine_words(), tuple(lm.told()))
 
 

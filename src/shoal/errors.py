@@ -26,6 +26,10 @@ class RunError(ShoalError):
     """A run folder cannot be started, continued or read."""
 
 
+class PublishError(ShoalError):
+    """Something cannot be published to the Hub or fetched from it, or is not what it says."""
+
+
 def nearest(name: str, valid: Iterable[str], limit: int = 12) -> str:
     """The end of an error message for a name that is not known: the closest valid names, or all when few.
 

@@ -49,7 +49,7 @@ def export_lm_eval(
     names.setdefault(winner, f"{recipe.name}/{winner}")
     out = out or run / "lm-eval"
     writable(out)
-    lm = _Renderer(recipe, lock)
+    lm = Renderer(recipe, lock)
     say("building prompts again")
     planned = plan_tasks(lock, recipe.evaluation, lm)
     journal = Journal(folder.journal)
@@ -75,7 +75,7 @@ def export_lm_eval(
     return written
 
 
-class _Renderer:
+class Renderer:
     """What building prompts asks of an lm-eval model: the tokenizer's part of it, without weights."""
 
     def __init__(self, recipe: Recipe, lock: Lock) -> None:
@@ -165,7 +165,7 @@ def _counts(task: TaskLock, source: Any) -> dict[str, int]:
 
 
 def _described(
-    recipe: Recipe, lock: Lock, lm: _Renderer, name: str, device: str, bootstrap_iters: int
+    recipe: Recipe, lock: Lock, lm: Renderer, name: str, device: str, bootstrap_iters: int
 ) -> dict[str, Any]:
     """The rest of a results file, as far as the lock and the journal know it."""
     from shoal.evals.registry import MODEL
@@ -203,7 +203,7 @@ def _described(
     }
 
 
-def _tracker(out: Path, name: str, recipe: Recipe, lm: _Renderer, evaluation: EvaluationRow) -> Any:
+def _tracker(out: Path, name: str, recipe: Recipe, lm: Renderer, evaluation: EvaluationRow) -> Any:
     from lm_eval.loggers import EvaluationTracker
 
     from shoal.evals.registry import MODEL

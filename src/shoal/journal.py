@@ -40,7 +40,7 @@ CREATE TABLE scores (
 CREATE TABLE tells (generation INTEGER PRIMARY KEY, candidates TEXT NOT NULL, fitness TEXT NOT NULL);
 """
 
-Kind = Literal["parent", "uniform", "search", "finalist"]
+Kind = Literal["parent", "uniform", "start", "search", "finalist"]
 
 
 @dataclass(frozen=True)

@@ -99,21 +99,37 @@ class Seeds(Strict):
 
 
 class SearchLock(Strict):
-    """How the search goes on, with every `auto` resolved. x0: genome that it starts from, natural units."""
+    """How the search goes on, with every `auto` resolved. x0: genome that it starts from, natural units.
+
+    anchor_items: per task, how many search items every anchor is scored on. start: `gradient` where a gradient on
+    start_items of them moves that genome first (the journal says to where).
+    """
 
     optimizer: str
     x0: Annotated[tuple[float, ...], Field(strict=False)]
     objective: Literal["smooth", "metric", "margin"]
     scale: Literal["unit", "anchors"]
     items: int
+    anchor_items: int
     item_choice: Literal["uniform", "disagreement"]
     uniform_share: float
     grow_items: bool
     racing: bool
+    start: Literal["default", "gradient"] = "default"
+    start_items: int = 32
+
+
+class StageLock(Strict):
+    """A finer space that the search may grow into. sigma0: first step in directions that are new, of the range."""
+
+    genes: Texts
+    popsize: int
+    sigma0: float
+    seed: int
 
 
 class Lock(Strict):
-    """Everything that a run depends on."""
+    """Everything that a run depends on. stages: the finer spaces of a search that grows, in order."""
 
     schema_version: Literal[2] = 2
     shoal: str
@@ -129,6 +145,7 @@ class Lock(Strict):
     genes: Texts
     popsize: int
     sigma0: float
+    stages: Annotated[tuple[StageLock, ...], Field(strict=False)] = ()
     search: SearchLock
     seeds: Seeds
     include_path: str | None

@@ -42,7 +42,7 @@ def write_candidate(run: Path, out: Path, candidate: str | None = None) -> str:
             raise RunError(f"{run}: no candidate {candidate!r}; {nearest(candidate, known)}")
         name = candidate
         if row.genome is not None:
-            plan = prepared.space.decode(np.array(row.genome))
+            plan = prepared.decode(np.array(row.genome))
         else:
             plan = prepared.baselines()[candidate][1]
         if plan.digest() != row.plan_digest:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.availability import SMALL_FILES, WEIGHTS
+from shoal.endpoint import client_errors, reason, retried, speaking, without_bars
 from shoal.errors import CheckpointError
 from shoal.lock import ModelLock
+from shoal.outline import is_outline, outline
 from shoal.types import AdapterModel, HubModel, LocalModel, ModelRef, ZooModel
 
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
-HASHED_FILES = ("*.safetensors", *SMALL_FILES)
+HASHED_FILES = (*WEIGHTS, *SMALL_FILES)
 
 Say = Callable[[str], None]
 
@@ -38,7 +40,7 @@ class ResolvedModel:
 
     def lock(self) -> ModelLock:
         """With the sha256 of every file that the merge or the tokenizer depends on."""
-        files = {f"{path.name}": _sha256(path) for path in _hashed_files(self.folder)}
+        files = {path.name: _sha256(path) for path in _hashed_files(self.folder)}
         if self.adapter is not None:
             files |= {f"adapter/{path.name}": _sha256(path) for path in _hashed_files(self.adapter)}
         return ModelLock(
@@ -63,8 +65,12 @@ class ResolvedModel:
         return {key: value for key, value in manifest.items() if isinstance(value, str)}
 
 
-def resolve_models(refs: Sequence[ModelRef], say: Say, weights: bool = True) -> list[ResolvedModel]:
+def resolve_models(
+    refs: Sequence[ModelRef], say: Say, weights: bool = True, outlines: bool = False
+) -> list[ResolvedModel]:
     """Find or fetch every model; weights=False fetches only what a check of their configurations needs.
+
+    outlines: weights that are not in the cache are not fetched, their headers stand for them (`shoal.outline`).
 
     Raises:
         CheckpointError: a folder or repository that is missing, gated or no model.
@@ -73,15 +79,15 @@ def resolve_models(refs: Sequence[ModelRef], say: Say, weights: bool = True) -> 
     resolved = []
     for name, ref in zip(names, refs, strict=True):
         if isinstance(ref, AdapterModel):
-            folder, commit = _folder(ref.base, say, weights)
-            adapter, adapter_commit = _folder(ref.adapter, say, weights)
+            folder, commit = _folder(ref.base, say, weights, outlines)
+            adapter, adapter_commit = _folder(ref.adapter, say, weights, outlines)
             if not (adapter / "adapter_config.json").is_file():
                 raise CheckpointError(
                     f"adapter {ref.adapter}: expected adapter_config.json in {adapter}, found none"
                 )
             resolved.append(ResolvedModel(name, ref, folder, commit, adapter, adapter_commit))
             continue
-        folder, commit = _folder(ref, say, weights)
+        folder, commit = _folder(ref, say, weights, outlines)
         if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
             raise CheckpointError(
                 f"model {ref}: this is a LoRA adapter, not a model; write it with its base, 'BASE+{ref}'"
@@ -125,7 +131,9 @@ def zoo_progress(name: str, say: Say) -> Callable[[str, float], None]:
     return progress
 
 
-def _folder(ref: HubModel | LocalModel | ZooModel, say: Say, weights: bool) -> tuple[Path, str | None]:
+def _folder(
+    ref: HubModel | LocalModel | ZooModel, say: Say, weights: bool, outlines: bool
+) -> tuple[Path, str | None]:
     if isinstance(ref, ZooModel):
         from shoal import zoo
 
@@ -134,39 +142,44 @@ def _folder(ref: HubModel | LocalModel | ZooModel, say: Say, weights: bool) -> t
         if not ref.path.is_dir():
             raise CheckpointError(f"model {ref}: no such folder")
         return ref.path, None
-    return _download(ref, say, weights)
+    if not weights or not outlines:
+        return _download(ref, say, weights)
+    small, commit = _download(ref, say, False)
+    return (small if _is_complete(ref.repo, commit) else outline(ref.repo, commit, small, say)), commit
 
 
 def _download(ref: HubModel, say: Say, weights: bool) -> tuple[Path, str]:
     import huggingface_hub
-    from huggingface_hub import errors
 
     say(f"looking up {ref} on the Hub")
-    patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
+    patterns = [*SMALL_FILES, *(WEIGHTS if weights else [])]
     try:
-        path = huggingface_hub.snapshot_download(ref.repo, revision=ref.revision, allow_patterns=patterns)
-    except errors.GatedRepoError:
+        with speaking(say), without_bars(not weights):  # a repeated call goes on at the next file
+            path = retried(
+                lambda: huggingface_hub.snapshot_download(
+                    ref.repo, revision=ref.revision, allow_patterns=patterns
+                ),
+                say,
+                attempts=3,
+            )
+    except client_errors() as error:
         raise CheckpointError(
-            f"model {ref}: gated; ask for access at https://huggingface.co/{ref.repo} and log in with `hf auth login`"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise CheckpointError(f"model {ref}: the repository has no revision {ref.revision!r}") from None
-    except errors.RepositoryNotFoundError:
-        raise CheckpointError(
-            f"model {ref}: no such repository on the Hub, or it is private and you are not logged in; a local folder"
-            " starts with './', '../', '/' or '~/'"
-        ) from None
-    except (
-        errors.LocalEntryNotFoundError,
-        errors.HfHubHTTPError,
-        errors.OfflineModeIsEnabled,
-        OSError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"model {ref}: cannot be fetched from the Hub and is not in the cache ({reason})"
+            f"model {ref}: not in the cache, and not fetched from the Hub: {reason(error, ref.repo)}"
         ) from None
     return Path(path), Path(path).name
+
+
+def _is_complete(repo: str, commit: str) -> bool:
+    """Whether the cache has the weights of a commit, too."""
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=commit, allow_patterns=[*SMALL_FILES, *WEIGHTS], local_files_only=True
+        )
+    except (OSError, ValueError):
+        return False
+    return any(Path(folder).glob("*.safetensors"))
 
 
 def _short_names(refs: Sequence[ModelRef]) -> list[str]:
@@ -184,7 +197,9 @@ def _short(ref: ModelRef) -> str:
 
 
 def _hashed_files(folder: Path) -> list[Path]:
-    return sorted({path for pattern in HASHED_FILES for path in folder.glob(pattern)})
+    """Files that the merge or the tokenizer depends on; an outline's weights are holes and have no hash."""
+    patterns = SMALL_FILES if is_outline(folder) else HASHED_FILES
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
 def _sha256(path: Path) -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 
+from shoal.availability import rows as availability_rows
 from shoal.lock import Lock
 from shoal.models import open_parents
 from shoal.preflight import Prepared
 from shoal.recipe import Recipe
+from shoal.sample import search_sample
+from shoal.search.ascent import MOST
 from shoal.search.power import CORRELATION, detectable_difference, effective_items
+from shoal.search.space import Space
+from shoal.spaces import space_words
 from shoal.types import ROLES
 
 DISCORDANT = 0.2  # share of test items on which two merges differ, assumed for the power statement
@@ -23,6 +28,7 @@ def describe(
     for index, model in enumerate(lock.models):
         kind = "base" if index == lock.base else "source"
         rows.append((kind, f"{model.name} ({model.ref})" if model.name != model.ref else model.name))
+    rows += availability_rows(prepared.available)
     rows.append(
         (
             "method",
@@ -30,16 +36,17 @@ def describe(
         )
     )
     rows.append(("memory", _memory(prepared, device, memory, memory_limit)))
-    rows.append(("space", f"{space.shape}, {space.size} genes"))
-    for parameter, name, low, high in space.ranges():
+    rows.append(("space", space_words(space)))
+    rows += _ranges(space)
+    for finer, stage in zip(prepared.finer, lock.stages, strict=True):
         rows.append(
             (
-                "",
-                f"{parameter} of {name}: {low:.3g} to {high:.3g} per layer"
-                if name
-                else f"{parameter}: {low:.3g} to {high:.3g} per layer",
+                "then",
+                f"{space_words(finer)}, generations of {stage.popsize}, once {recipe.space.patience} generations"
+                + " bring nothing beyond noise",
             )
         )
+        rows += _ranges(finer)
     for task in lock.tasks:
         places = {
             role: f"{len(task.roles[role].items)} {role} ({task.roles[role].task} {task.roles[role].split})"
@@ -62,18 +69,37 @@ def describe(
     rows.append(
         (
             "search",
-            f"{count} candidates: {prepared.generations} generations of"
+            f"{count} candidates: {'up to ' if lock.stages else ''}{prepared.generations} generations of"
             + f" {lock.popsize}, {lock.search.items} items per task and generation, by {lock.search.optimizer}{_extras(lock)}",
         )
     )
     anchors = len(lock.models) + 1
-    pool = sum(len(task.roles["search"].items) for task in lock.tasks)
-    rows.append(("anchors", f"{len(lock.models)} parents and the uniform merge on all {pool} search items"))
-    spent = (
-        count * sum(min(recipe.search.items, len(task.roles["search"].items)) for task in lock.tasks)
-        + anchors * pool
+    pools = {task.task: len(task.roles["search"].items) for task in lock.tasks}
+    sample = {task: len(items) for task, items in search_sample(lock).items()}
+    every, some = sum(pools.values()), sum(sample.values())
+    rows.append(
+        (
+            "anchors",
+            f"{len(lock.models)} parents and the uniform merge on {some if some < every else 'all'}"
+            f"{' of' if some < every else ''} {every} search items"
+            + ("; the best of them on what generations draw" if some < every else ""),
+        )
     )
-    bound = "at least " if lock.search.grow_items else "at most " if lock.search.racing else ""
+    drawn = {task: min(lock.search.items, pool) for task, pool in pools.items()}
+    # the best anchor meets new items of every generation, until it has met all
+    later = sum(min(prepared.generations * drawn[task], pools[task] - sample[task]) for task in pools)
+    spent = count * sum(drawn.values()) + anchors * some + later
+    if lock.search.start == "gradient":
+        tried = sum(min(lock.search.start_items, items) for items in sample.values())
+        rows.append(
+            (
+                "start",
+                f"along the gradient on {tried} of these items, at most {MOST * tried} item evaluations",
+            )
+        )
+        later += MOST * tried
+        spent += MOST * tried
+    bound = "at least " if lock.search.grow_items else "at most " if lock.search.racing or later else ""
     rows.append(("cost", f"{bound}{spent} item evaluations before selection and test"))
     n, gain = test_power(lock)
     single = all(len(set(t.roles["test"].clusters)) == len(t.roles["test"].clusters) for t in lock.tasks)
@@ -86,6 +112,14 @@ def describe(
     )
     rows += [("note", note) for note in prepared.notes]
     return rows
+
+
+def _ranges(space: Space) -> list[tuple[str, str]]:
+    """What the bounds of genes imply, a row per parameter and model."""
+    return [
+        ("", f"{parameter}{f' of {name}' if name else ''}: {low:.3g} to {high:.3g} per layer")
+        for parameter, name, low, high in space.ranges()
+    ]
 
 
 def _extras(lock: Lock) -> str:

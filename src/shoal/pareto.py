@@ -214,9 +214,16 @@ class _Table:
         }
 
     def _best(self, tasks: Sequence[str]) -> str:
-        """The anchor: of parents and uniform merge the best by the weighted mean of these tasks, on search items."""
+        """The anchor: of parents and uniform merge the best by the weighted mean of these tasks, on search items.
+
+        On search items only those that met as many as any: candidates may have met others than the anchors' sample.
+        """
+        names = self._baselines
+        if self._role == "search":
+            met = {name: sum(map(len, self._anchors[name].values())) for name in names}
+            names = [name for name in names if met[name] == max(met.values())]
         anchors: dict[str, Scores] = {
-            name: {task: self._numbers(name, task) for task in tasks} for name in self._baselines
+            name: {task: self._numbers(name, task) for task in tasks} for name in names
         }
         weights = {task: self._lock.task(task).weight for task in tasks}
         return best_anchor(anchors, weights, unit_scales(anchors))

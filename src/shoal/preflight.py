@@ -8,26 +8,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.availability import Availability, look_up
 from shoal.errors import CheckpointError, RecipeError, nearest
 from shoal.evals.catalogue import Catalogue
 from shoal.lock import Lock, ModelLock, SearchLock, Seeds, TaskLock, new_lock
+from shoal.merge.linearity import check_linear
 from shoal.merge.methods import Method, method
 from shoal.models import ResolvedModel, check_files, open_parents, resolve_models, zoo_progress
 from shoal.recipe import Recipe, parse_model
 from shoal.roles import lock_tasks, single_tasks
 from shoal.search.optimizer import OPTIMIZERS, default_popsize, default_sigma0
 from shoal.search.plans import parent_plan, uniform_merge_plan
-from shoal.search.space import Space, make_space
+from shoal.search.space import Space
+from shoal.spaces import check_growth, make_spaces, stage_locks
 from shoal.types import MergePlan, ModelRef, TensorGroup
 
 Say = Callable[[str], None]
+STARTLESS = ("random", "grid")  # optimizers that do not begin at x0
 RACED = ("cma-es", "sep-cma-es")  # optimizers that use nothing but the order of the best mu candidates
+ITEMS, ITEMS_OF_ONE = 16, 32  # of each of several tasks that a generation meets, and of a single one
 RACING_ITEMS = (
     48  # of all tasks in one generation, below which the first of three rungs tells hardly anything
 )
@@ -50,17 +57,31 @@ MODEL_ARGS = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe that can be run: its lock, its space, and the plans of its baselines by name."""
+    """A recipe that can be run: its lock, its space, and the plans of its baselines by name.
+
+    finer: the spaces that the search may grow into, in order. available: what the Hub said of the recipe's models.
+    """
 
     recipe: Recipe
     lock: Lock
     space: Space
     groups: tuple[TensorGroup, ...]
     notes: tuple[str, ...] = ()
+    finer: tuple[Space, ...] = ()
+    available: tuple[Availability, ...] = ()
 
     @property
     def generations(self) -> int:
+        """Of the space that the search starts in, at most: finer ones may have larger generations."""
         return self.recipe.search.budget // self.lock.popsize
+
+    def space_of(self, genome: Sequence[float] | NDArray[np.float64]) -> Space:
+        """The space that a genome belongs to: every stage has another number of genes."""
+        return next((s for s in (self.space, *self.finer) if s.size == len(genome)), self.space)
+
+    def decode(self, genome: Sequence[float] | NDArray[np.float64]) -> MergePlan:
+        """The plan of a genome of any stage; ShoalError where there is none of its length."""
+        return self.space_of(genome).decode(genome)
 
     def baselines(self) -> dict[str, tuple[str, MergePlan]]:
         """Name -> (kind, plan) of every parent and of the uniform merge, in table order."""
@@ -76,17 +97,23 @@ class Prepared:
         return plans
 
 
-def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None) -> Prepared:
+def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None, outlines: bool = False) -> Prepared:
     """Resolve and check a recipe whose relative paths are relative to `folder`.
+
+    outlines: weights on the Hub that are not in the cache are not fetched, only their headers; enough to say what a run
+    would do and cost, not to run it: the lock lacks their hashes.
 
     Raises:
         RecipeError, CheckpointError, EvaluationError: one clear message each.
     """
     chosen = _check_method(recipe)
-    _check_model_args(recipe)
+    check_model_args(recipe)
     _check_optimizer(recipe)
+    check_growth(recipe.space, recipe.search.optimizer)
+    _check_start(recipe)
     refs = _refs(recipe, folder)
     _check_tokenizer_source(recipe, refs)
+    available = look_up(refs, say)
     small = resolve_models(refs, say, weights=False)
     _check_configs(small)
     include = resolve_include_path(recipe.evaluation.include_path, folder, say)
@@ -94,7 +121,7 @@ def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None) -> Prepa
     tasks = lock_tasks(recipe, open_catalogue(include))
     if recipe.search.objective == "metric":
         _check_metric_objective(recipe, open_catalogue(include))
-    models = resolve_models(refs, say)
+    models = resolve_models(refs, say, outlines=outlines)
     say("checking models")
     _check_tokenizers(models)
     _check_chat_template(recipe, models[_tokenizer_index(recipe, refs)])
@@ -104,7 +131,7 @@ def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None) -> Prepa
     sources = tuple(range(0 if base is None else 1, len(models)))
     dtype = recipe.merge.dtype or _own_dtype(models[0])
     names = [model.name for model in models]
-    space = _space(recipe, chosen, groups, names, base, sources, dtype)
+    space, *finer = make_spaces(recipe, chosen, groups, names, base, sources, dtype)
     popsize = recipe.search.popsize or default_popsize(space.size)
     if recipe.search.budget < popsize:
         raise RecipeError(
@@ -123,6 +150,7 @@ def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None) -> Prepa
         genes=space.names,
         popsize=popsize,
         sigma0=recipe.search.sigma0 or default_sigma0(space.size),
+        stages=stage_locks(recipe, finer),
         search=_search_lock(recipe, space, tasks),
         seeds=Seeds(
             search=seed, items=seed, masks=seed, fewshot=recipe.evaluation.fewshot_seed, bootstrap=seed
@@ -130,7 +158,7 @@ def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None) -> Prepa
         include_path=None if include is None else str(include),
         tasks=tasks,
     )
-    return Prepared(recipe, lock, space, groups, tuple(notes))
+    return Prepared(recipe, lock, space, groups, tuple(notes), tuple(finer), available)
 
 
 def space_of(
@@ -147,7 +175,7 @@ def space_of(
     sources = tuple(range(0 if base is None else 1, len(models)))
     names = [model.name for model in models]
     dtype = recipe.merge.dtype or _own_dtype(models[0])
-    return _space(recipe, chosen, _groups(models, []), names, base, sources, dtype), models
+    return make_spaces(recipe, chosen, _groups(models, []), names, base, sources, dtype)[0], models
 
 
 def restore(recipe: Recipe, lock: Lock, say: Say = lambda text: None) -> Prepared:
@@ -157,12 +185,14 @@ def restore(recipe: Recipe, lock: Lock, say: Say = lambda text: None) -> Prepare
         check_files(model)
     groups = groups_of(lock.models)
     names = [model.name for model in lock.models]
-    space = _space(recipe, method(lock.operator), groups, names, lock.base, lock.sources, lock.dtype)
-    if space.names != lock.genes:
+    space, *finer = make_spaces(
+        recipe, method(lock.operator), groups, names, lock.base, lock.sources, lock.dtype
+    )
+    if [s.names for s in (space, *finer)] != [lock.genes, *(stage.genes for stage in lock.stages)]:
         raise RecipeError(
             "the genes of this version of shoal differ from the lock's; use the version that the lock names"
         )
-    return Prepared(recipe, lock, space, groups)
+    return Prepared(recipe, lock, space, groups, finer=tuple(finer))
 
 
 def groups_of(models: Sequence[ModelLock]) -> tuple[TensorGroup, ...]:
@@ -212,7 +242,8 @@ def _check_method(recipe: Recipe) -> Method:
     return chosen
 
 
-def _check_model_args(recipe: Recipe) -> None:
+def check_model_args(recipe: Recipe) -> None:
+    """Only arguments that mean something here, none that runs code; RecipeError names the others."""
     for name in recipe.evaluation.model_args:
         if name == "trust_remote_code":
             raise RecipeError(
@@ -239,20 +270,45 @@ def _check_optimizer(recipe: Recipe) -> None:
         )
 
 
+def _check_start(recipe: Recipe) -> None:
+    """A gradient start needs a merge that is linear in its weights, an optimizer that has a start, and the objective."""
+    spec = recipe.search
+    if spec.start != "gradient":
+        return
+    check_linear(recipe.merge.method, recipe.merge.parameters, "search.start: gradient")
+    if spec.objective != "smooth":
+        raise RecipeError(
+            f"search.start: gradient is that of the smooth objective, found search.objective: {spec.objective}; use"
+            " objective: smooth, or start: default"
+        )
+    if spec.optimizer in STARTLESS:
+        raise RecipeError(
+            f"search.start: {spec.optimizer!r} starts nowhere; a gradient start is for all optimizers but"
+            f" {' and '.join(STARTLESS)}"
+        )
+
+
 def _search_lock(recipe: Recipe, space: Space, tasks: Sequence[TaskLock]) -> SearchLock:
     spec = recipe.search
-    met = sum(min(spec.items, len(task.roles["search"].items)) for task in tasks)
+    number = spec.items or (ITEMS_OF_ONE if len(tasks) == 1 else ITEMS)
+    met = sum(min(number, len(task.roles["search"].items)) for task in tasks)
     return SearchLock(
         optimizer=spec.optimizer,
         x0=tuple(float(x) for x in space.x0),
         objective=spec.objective,
         scale=spec.scale,
-        items=spec.items,
+        items=number,
+        # disagreement is looked up for every item that may be drawn
+        anchor_items=max(len(task.roles["search"].items) for task in tasks)
+        if spec.item_choice == "disagreement"
+        else spec.anchor_items,
         item_choice=spec.item_choice,
         uniform_share=spec.uniform_share,
         grow_items=spec.grow_items,
         racing=spec.racing == "on"
         or (spec.racing == "auto" and met >= RACING_ITEMS and spec.optimizer in RACED),
+        start=spec.start,
+        start_items=spec.start_items,
     )
 
 
@@ -345,35 +401,6 @@ def _own_dtype(model: ResolvedModel) -> str:
             f"model {model.ref}: its weights are {commonest}; name the dtype to write by merge.dtype"
         )
     return commonest
-
-
-def _space(
-    recipe: Recipe,
-    chosen: Method,
-    groups: tuple[TensorGroup, ...],
-    names: Sequence[str],
-    base: int | None,
-    sources: Sequence[int],
-    dtype: str,
-) -> Space:
-    spec = recipe.space
-    fixed: Mapping[str, Any] = {**chosen.options, **recipe.merge.parameters}
-    return make_space(
-        spec.shape,
-        groups,
-        names,
-        base,
-        sources,
-        f"{chosen.name}@{chosen.version}",
-        chosen.parameters,
-        tensor_types=spec.tensor_types,
-        blocks=spec.blocks,
-        coefficients=spec.coefficients,
-        bounds=spec.bounds,
-        fixed=fixed,
-        dtype=dtype,
-        seed=recipe.search.seed,
-    )
 
 
 def _check_tokenizer_source(recipe: Recipe, refs: Sequence[ModelRef]) -> None:

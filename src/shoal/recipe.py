@@ -39,14 +39,44 @@ class MergeSpec(Strict):
     parameters: dict[str, bool | float | list[float]] = {}
 
 
-class SpaceSpec(Strict):
-    """Which merges the search can reach: see docs/design.md, "Shapes of a space"."""
+Shape = Literal["uniform", "blocks", "layers", "curve"]
+Types = Annotated[tuple[Literal["attn", "mlp"], ...], Field(strict=False)]
+Coefficients = Annotated[int, Field(gt=0, le=16)]
 
-    shape: Literal["uniform", "blocks", "layers", "curve"] = "curve"
-    tensor_types: Annotated[tuple[Literal["attn", "mlp"], ...], Field(strict=False)] = ()
+
+class FinerSpec(Strict):
+    """A finer space that a search grows into; what it does not say is as in the space before it."""
+
+    shape: Shape | None = None
+    tensor_types: Types | None = None
+    blocks: Positive | None = None
+    coefficients: Coefficients | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> FinerSpec:
+        if not self.model_dump(exclude_none=True):
+            raise ValueError(
+                "a finer space must differ from the one before it; name its shape, or what is finer"
+            )
+        return self
+
+
+class SpaceSpec(Strict):
+    """Which merges the search can reach: see docs/design.md, "Shapes of a space".
+
+    tensor_types: kinds of layer parts with genes of their own; None: attn and mlp for a curve, else one set for all.
+    coefficients: of a curve; None: 4, or the number of layers where that is less.
+    grow: finer spaces, in each of which the search goes on once the one before brought nothing beyond noise for
+    `patience` generations, from the merge and with the covariance that it had reached. Bounds hold in all of them.
+    """
+
+    shape: Shape = "curve"
+    tensor_types: Types | None = None
     blocks: Positive = 4
-    coefficients: Annotated[int, Field(gt=0, le=16)] = 3
+    coefficients: Coefficients | None = None
     bounds: dict[str, Bounds] = {}
+    grow: Annotated[tuple[FinerSpec, ...], Field(strict=False)] = ()
+    patience: Annotated[int, Field(ge=2)] = 20
 
     @field_validator("bounds")
     @classmethod
@@ -57,6 +87,13 @@ class SpaceSpec(Strict):
                     f"bounds of {name!r} must be [low, high] with low < high, found [{low}, {high}]"
                 )
         return bounds
+
+    def stages(self) -> tuple[SpaceSpec, ...]:
+        """This space and the finer ones, in order, each written out."""
+        found = [self.model_copy(update={"grow": ()})]
+        for finer in self.grow:
+            found.append(found[-1].model_copy(update=finer.model_dump(exclude_none=True)))
+        return tuple(found)
 
 
 class RoleSource(Strict):
@@ -108,7 +145,9 @@ class SearchSpec(Strict):
     budget: candidates, anchors not counted. max_seconds: of merging and scoring, for the whole search;
     max_candidate_seconds: for one candidate on its search items, above which it counts as failed (found out after it
     was scored: nothing is cut short in one process).
-    items: of each task that a generation meets. item_choice: `disagreement` draws items where parents and the uniform
+    items: of each task that a generation meets; None: 16, of a single task 32. Few items and many generations find more
+    than the reverse, docs/search.md. anchor_items: of each task that every parent and the uniform merge are
+    scored on before the search (on all, where item_choice is by their disagreement). item_choice: `disagreement` draws items where parents and the uniform
     merge score differently, uniform_share of the draws excepted, and weights them so that estimates stay unbiased.
     grow_items: more items once two halves of a generation's items rank its candidates differently; costs more than
     `validate` says. racing: clear losers of a generation are not scored to the end.
@@ -117,6 +156,8 @@ class SearchSpec(Strict):
     `anchors` relative to the spread of parents and uniform merge on it.
     optimizer: see docs/design.md, "Optimizers" (older recipes say `algorithm`). warm_start: folder of a finished run or
     a mergekit YAML whose merge the search starts from.
+    start: `gradient` first moves the start (`warm_start` or not) along the gradient of the smooth objective on start_items
+    of each task, for merges that are linear in their weights; costs up to nine candidates on these items.
     """
 
     budget: Positive = 200
@@ -125,15 +166,18 @@ class SearchSpec(Strict):
     popsize: Annotated[int, Field(ge=4)] | None = None
     sigma0: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
-    items: Positive = 64
-    item_choice: Literal["uniform", "disagreement"] = "disagreement"
+    items: Positive | None = None
+    anchor_items: Positive = 128
+    item_choice: Literal["uniform", "disagreement"] = "uniform"
     uniform_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     grow_items: bool = False
-    racing: Literal["on", "off", "auto"] = "auto"
+    racing: Literal["on", "off", "auto"] = "off"
     objective: Literal["smooth", "metric", "margin"] = "smooth"
     scale: Literal["unit", "anchors"] = "unit"
     optimizer: str = "cma-es"
     warm_start: str | None = None
+    start: Literal["default", "gradient"] = "default"
+    start_items: Positive = 32
 
     @model_validator(mode="before")
     @classmethod
@@ -335,8 +379,8 @@ def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = model.model_fields[part].annotation
-        if part == "tasks":
-            model = TaskSpec
+        if part in ("tasks", "grow"):
+            model = TaskSpec if part == "tasks" else FinerSpec
         elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
     return list(model.model_fields)

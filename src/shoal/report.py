@@ -87,11 +87,12 @@ def result_table(result: dict[str, Any]) -> Table:
 
 
 def result_words(result: dict[str, Any]) -> list[str]:
-    """The lines under the table: verdict and claim, tasks, exact tests, search against test score, cost."""
+    """The lines under the table: verdict and claim, who was disqualified, tasks, exact tests, search against test score, cost."""
     cost = result["cost"]
     seconds = cost["seconds"]
     return [
         f"verdict: {result['verdict']}: {result['claim']}",
+        *_sanity_words(result),
         *_task_words(result),
         *_test_words(result),
         _shrinkage_words(result),
@@ -99,6 +100,22 @@ def result_words(result: dict[str, Any]) -> list[str]:
         + f"{cost['candidates']} candidates, {cost['item_evaluations']} item evaluations, {seconds['total']:.0f} s"
         + f" (merge {seconds['merge']:.1f}, score {seconds['score']:.1f}, rest {seconds['rest']:.1f})",
     ]
+
+
+def _sanity_words(result: dict[str, Any]) -> list[str]:
+    """Who was turned away by the sanity guard, or that nobody was looked at; nothing where all write well."""
+    guard = result.get("sanity")
+    if guard is None:  # of a run before there was the guard
+        return []
+    lines = [
+        f"disqualified by what it writes to fixed prompts: {name}: {reason}"
+        for name, reason in guard["disqualified"].items()
+    ]
+    unchecked = guard["unchecked"]
+    if unchecked:
+        reasons = "; ".join(dict.fromkeys(unchecked.values()))
+        lines.append(f"sanity guard: {', '.join(unchecked)} were not asked to write: {reasons}")
+    return lines
 
 
 def _task_words(result: dict[str, Any]) -> list[str]:
@@ -212,7 +229,14 @@ def _convergence(folder: RunFolder, lock: Lock, journal: Journal) -> Path:
         low = min(values[len(values) // 20], 0.0)
         span = max(values[-1], 0.0) - low or 1.0
         axes.set_ylim(low - 0.1 * span, max(values[-1], 0.0) + 0.1 * span)
-    axes.set_xlabel(f"generation ({lock.popsize} candidates each)")
+    for event in journal.events("growth"):
+        axes.axvline(event["generation"] + 0.5, color="#c3cad3", lw=1, zorder=0)
+        axes.annotate(
+            event["to"].partition(",")[0], (event["generation"] + 0.5, 1), xycoords=("data", "axes fraction"),
+            xytext=(3, -3), textcoords="offset points", va="top", fontsize=7, color="#7a8ca0",
+        )  # fmt: skip
+    sizes = [lock.popsize, *(stage.popsize for stage in lock.stages)]
+    axes.set_xlabel(f"generation ({' or '.join(map(str, dict.fromkeys(sizes)))} candidates each)")
     unit = "in units of the score" if lock.search.scale == "unit" else "in spreads of the anchors"
     axes.set_ylabel(f"gain on search items\n({unit})")
     axes.set_title("Search progress", loc="left")
@@ -228,7 +252,7 @@ def _heat_map(folder: RunFolder, recipe: Recipe, lock: Lock, journal: Journal) -
     row = journal.candidate(result["winner"]["id"])
     if row is None or row.genome is None:
         return []
-    table = restore(recipe, lock).space.values(np.array(row.genome))
+    table = restore(recipe, lock).space_of(row.genome).values(np.array(row.genome))
     values = np.asarray(table.values, dtype=float)
     figure, axes = _figure(max(6.0, 1.6 + 0.42 * len(table.columns)), 1.4 + 0.5 * len(table.rows))
     top = float(np.nanmax(np.abs(values))) or 1.0

@@ -28,6 +28,7 @@ from shoal.stages.evaluator import Evaluator
 from shoal.stages.finalists import open_test, select
 from shoal.stages.observer import Observer, Silent
 from shoal.stages.search import Search
+from shoal.stages.start import move_start
 from shoal.types import MergePlan, Worker
 from shoal.warm import warm_genome
 from shoal.worker import LocalWorker
@@ -158,9 +159,10 @@ def _go(evaluator: Evaluator, save_weights: bool) -> dict[str, Any]:
     evaluator.seen.begin(evaluator.prepared, len(evaluator.journal.evaluations()))
     anchors = Anchors(evaluator)
     anchors.score()
+    move_start(evaluator, anchors)
     search = Search(evaluator, anchors)
     search.run()
-    winner, plan = select(evaluator, search.mean, search.best)
+    winner, plan = select(evaluator, search.mean, search.best, anchors.contenders())
     searched = open_test(evaluator, winner, plan)
     return _finish(evaluator, winner, plan, searched, save_weights)
 

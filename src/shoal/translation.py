@@ -254,6 +254,7 @@ def _layers_of(model: str) -> int | None:
 
 
 def _filters(genome: Genome, space: dict[str, Any], draft: Translation, path: Path) -> None:
+    space["tensor_types"] = []
     if not genome.filters:
         return
     kinds = []

@@ -187,9 +187,35 @@ class ItemScore:
     tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Generated:
+    """One text written to a prompt, without the prompt.
+
+    tokens: ids of what was generated, an end token not among them. ended: the model itself ended it, by an end token
+    within the tokens that it was given.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A derivative with respect to one number of a plan: a parameter of a group (source None) or of its source at a
+    position. group: index into MergePlan.groups.
+    """
+
+    group: int
+    source: int | None
+    parameter: str
+    value: float
+
+
 # --- work -----------------------------------------------------------------------------------------------------
 
 ItemIds = Mapping[tuple[str, Role], Sequence[int]]
+ItemCounts = Mapping[tuple[str, Role], Mapping[int, float]]  # items, and what each of them counts
 
 
 @dataclass(frozen=True)
@@ -198,6 +224,10 @@ class Job:
 
     generate: also run the generation requests (metrics of generation tasks); without it a generation task gives
     its smooth objective only. canonical: use the canonical arithmetic (see docs/design.md), as for claims.
+    prompts: also write to these, greedily, at most max_tokens each, as the recipe renders prompts; only for workers
+    with the capability `writes`. differentiate: also the derivatives of each task's smooth objective, summed over these
+    items times what they count, with respect to the coefficients of the plan; only for workers with the capability
+    `differentiates`, and for plans that are linear in their weights.
     """
 
     candidate: str
@@ -206,17 +236,26 @@ class Job:
     generate: bool = True
     canonical: bool = False
     attempt: int = 1
+    prompts: tuple[str, ...] = ()
+    max_tokens: int = 0
+    differentiate: ItemCounts = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Completed:
-    """Scores of a job, with the seconds that merging and scoring took and what disturbed it (journalled)."""
+    """Scores of a job, with the seconds that merging and scoring took and what disturbed it (journalled).
+
+    texts: one per prompt of the job. slopes: task -> derivatives of its smooth objective, where the job asked for them.
+    seconds_score counts both too.
+    """
 
     candidate: str
     scores: tuple[ItemScore, ...]
     seconds_merge: float
     seconds_score: float
     events: tuple[str, ...] = ()
+    texts: tuple[Generated, ...] = ()
+    slopes: Mapping[str, tuple[Slope, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -231,10 +270,15 @@ class Failed:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a worker can do: the device it computes on, in words, and how many jobs it takes at once."""
+    """What a worker can do: the device it computes on, in words, and how many jobs it takes at once.
+
+    writes: whether it takes jobs with prompts. differentiates: whether it takes jobs with `differentiate`.
+    """
 
     device: str
     slots: int = 1
+    writes: bool = False
+    differentiates: bool = False
 
 
 class Worker(Protocol):

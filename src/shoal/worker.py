@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from shoal.lock import Lock, RoleLock, TaskLock
 from shoal.models import open_parents
 from shoal.preflight import groups_of, open_catalogue
 from shoal.recipe import EvaluationSpec, Recipe
-from shoal.types import ROLES, Capabilities, Completed, Failed, Job, MergePlan, Role
+from shoal.types import ROLES, Capabilities, Completed, Failed, Job, MergePlan, Role, Slope
 
 
 class LocalWorker:
@@ -34,10 +35,12 @@ class LocalWorker:
     ) -> None:
         import torch
 
+        from shoal.evals.backward import Backward
         from shoal.evals.plan import instances, prepare
         from shoal.evals.quiet import quiet_libraries
         from shoal.evals.resident import ResidentLM
         from shoal.evals.scorer import Scorer
+        from shoal.evals.writing import Writer
         from shoal.merge.methods import method
         from shoal.merge.resident import Merger
         from shoal.merge.runtime import load_runtime
@@ -77,6 +80,9 @@ class LocalWorker:
         self._lm.settle(list(instances(tasks)))
         self.notes += tuple(self._lm.told())
         self._scorer = Scorer(self._lm, tasks)
+        self._backward = Backward(self._lm, tasks, memory_limit if self.device.type == "cpu" else None)
+        prompting = recipe.evaluation
+        self._writer = Writer(self._lm, prompting.apply_chat_template, prompting.system_instruction)
         self._jobs: list[Job] = []
 
     def submit(self, job: Job) -> str:
@@ -92,7 +98,9 @@ class LocalWorker:
         name = str(self.device)
         if self.device.type == "cuda":
             name = f"{self.device} ({torch.cuda.get_device_name(self.device)})"
-        return Capabilities(device=name, slots=1)
+        return Capabilities(
+            device=name, slots=1, writes=self._writer.able, differentiates=self._backward.able
+        )
 
     def close(self) -> None:
         self._jobs = []
@@ -106,13 +114,39 @@ class LocalWorker:
             self._merger.materialize(job.plan, canonical=job.canonical)
             self._synchronize()
             merged = time.perf_counter()
+            texts = self._writer.write(job.prompts, job.max_tokens)
             scores, events = self._scorer.score(job.items, job.generate)
+            slopes = self._slopes(job, events)
             self._synchronize()
         except Exception as error:  # noqa: BLE001 (one broken candidate must not end a run)
             return Failed(job.candidate, describe_error(error), time.perf_counter() - start)
         return Completed(
-            job.candidate, tuple(scores), merged - start, time.perf_counter() - merged, tuple(events)
+            job.candidate,
+            tuple(scores),
+            merged - start,
+            time.perf_counter() - merged,
+            tuple(events),
+            texts,
+            slopes,
         )
+
+    def _slopes(self, job: Job, events: list[str]) -> dict[str, tuple[Slope, ...]]:
+        """Task -> derivatives of its objective with respect to the coefficients of the merge that was made.
+
+        Where memory runs out a task begins anew with smaller batches, which is said in `events`.
+        """
+        from shoal.evals.limits import run_halving
+        from shoal.merge.slopes import Slopes
+
+        def differentiated(key: tuple[str, Role]) -> tuple[Slope, ...]:
+            slopes = Slopes(self._merger, job.plan)
+            self._backward.run(key, job.differentiate[key], slopes.take)
+            return slopes.values()
+
+        return {
+            key[0]: run_halving(partial(differentiated, key), self._backward.shrink, events.append)
+            for key in job.differentiate
+        }
 
     def weights(self, plan: MergePlan) -> Iterable[tuple[str, Any]]:
         """The canonical weights of a plan as (checkpoint name, tensor)."""

@@ -57,13 +57,10 @@ class Evaluator:
         done = self.journal.evaluation(row.id, role, rung)
         if done is not None:
             return done
-        self.worker.submit(
-            Job(row.id, plan, {(task, role): tuple(ids) for task, ids in items.items()}, generate, canonical)
+        job = Job(
+            row.id, plan, {(task, role): tuple(ids) for task, ids in items.items()}, generate, canonical
         )
-        outcome = _judged(self.worker.poll(), limit)
-        for event in outcome.events:
-            self.journal.event("disturbed", candidate=row.id, what=event)
-            self.seen.say(f"note: {row.id}: {event}")
+        outcome = _judged(self.work(job), limit)
         now = time.perf_counter()
         if isinstance(outcome, Completed):
             merge, score = outcome.seconds_merge, outcome.seconds_score
@@ -83,6 +80,25 @@ class Evaluator:
             self.seen.say(f"{row.id} failed: {outcome.error}")
         self._finished = now
         return done
+
+    def work(self, job: Job) -> Completed | Failed:
+        """One job done by the worker; what disturbed it is journalled and said."""
+        self.worker.submit(job)
+        outcome = self.worker.poll()
+        for event in outcome.events:
+            self.journal.event("disturbed", candidate=job.candidate, what=event)
+            self.seen.say(f"note: {job.candidate}: {event}")
+        return outcome
+
+    def counted(self, seconds: float) -> None:
+        """Seconds since the last evaluation that are journalled elsewhere, and so are no `seconds_rest` of the next."""
+        self._finished += seconds
+
+    def start_from(self, genome: Sequence[float], sigma0: float) -> None:
+        """Let the search start from another genome than the lock's, natural units, with another first step."""
+        search = self.lock.search.model_copy(update={"x0": tuple(genome)})
+        self.lock = self.lock.model_copy(update={"search": search, "sigma0": sigma0})
+        self.prepared = replace(self.prepared, lock=self.lock)
 
     def asked(
         self, candidate: str, kind: Any, plan: MergePlan, genome: np.ndarray[Any, Any] | None = None

@@ -73,7 +73,9 @@ class Generation:
         self._lock, self._failures = evaluator.lock, failures
         self._reference: Reference = anchors.reference(course.objectives)
         self._drawn = {task.task: self._draw(task.task, number) for task in self._lock.tasks}
-        self._mu = self._lock.popsize // 2
+        self._met = anchors.meet(
+            course.objectives, {task: drawn.items for task, drawn in self._drawn.items()}, number
+        )
 
     def _draw(self, task: str, number: int) -> Drawn:
         pool, spec = self._lock.task(task).roles["search"].items, self._lock.search
@@ -144,12 +146,12 @@ class Generation:
         if values is None:
             race.fitness[row.id] = race.gains[row.id] = None
             return
-        of = self._reference
+        of, met = self._reference, self._met
         race.scores[row.id] = values
-        race.fitness[row.id] = paired_fitness(values, of.anchor, of.weights, of.scales, counts)
-        race.violations[row.id] = violation(values, of.limits, counts)
+        race.fitness[row.id] = paired_fitness(values, met.anchor, of.weights, of.scales, counts)
+        race.violations[row.id] = violation(values, met.limits, counts)
         race.gains[row.id] = {
-            task: task_difference(values, of.anchor, task, counts[task]).mean for task in of.weights
+            task: task_difference(values, met.anchor, task, counts[task]).mean for task in of.weights
         }
 
     def _drop(self, race: _Race, counts: ItemWeights) -> None:
@@ -157,7 +159,7 @@ class Generation:
         told = self._told(race, [race.alive])
         ranked = sorted(race.alive, key=lambda name: -told[name])
         of = self._reference
-        kept = set(survivors(race.scores, ranked, self._mu, of.weights, of.scales, counts))
+        kept = set(survivors(race.scores, ranked, len(race.fitness) // 2, of.weights, of.scales, counts))
         race.left.insert(0, [name for name in race.alive if name not in kept])
         race.alive = [name for name in race.alive if name in kept]
 
@@ -203,7 +205,7 @@ class Generation:
                 [
                     paired_fitness(
                         {task: {i: race.scores[name][task][i] for i in ids} for task, ids in chosen.items()},
-                        of.anchor,
+                        self._met.anchor,
                         of.weights,
                         of.scales,
                         counts,
@@ -221,8 +223,8 @@ class Generation:
         for task, objective in self._course.objectives.items():
             if objective == "metric" or task in self._anchors.silent:
                 continue
-            both = self._anchors.both(task, self._course.objectives)
-            if both is None:
+            reference = self._anchors.metric(best, task)
+            if reference is None:
                 continue
             counts = self._drawn[task].weights()
             found[task] = []
@@ -233,6 +235,6 @@ class Generation:
                 if metric is not None:
                     gains = race.gains[name]
                     assert gains is not None  # nobody alive has failed
-                    theirs = task_difference(metric, both[1][best], task, counts).mean
+                    theirs = task_difference(metric, reference, task, counts).mean
                     found[task].append(Point(gains[task], theirs))
         return found

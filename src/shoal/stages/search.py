@@ -17,6 +17,7 @@ from shoal.stages.anchors import Anchors
 from shoal.stages.course import Courses
 from shoal.stages.evaluator import Evaluator
 from shoal.stages.generation import Generation, Ranking
+from shoal.stages.growth import Growth
 
 Genomes = NDArray[np.float64]
 FAILURES_IN_A_ROW = 10
@@ -50,6 +51,7 @@ class Search:
         self._journal, self._seen = evaluator.journal, evaluator.seen
         self._prepared, self._lock = evaluator.prepared, evaluator.lock
         self._optimizer = new_optimizer(evaluator.prepared)
+        self._growth = Growth(evaluator)
         self._best = -math.inf
         self.best: CandidateRow | None = None
 
@@ -63,22 +65,32 @@ class Search:
         Raises:
             RunError: too many failures in a row, or the journal was written by another version.
         """
-        self._seen.stage("search", self._prepared.generations * self._lock.popsize)
+        budget = self._evaluator.recipe.search.budget
+        growing = bool(self._lock.stages)
+        self._seen.stage(
+            "search", budget if growing else self._prepared.generations * self._optimizer.popsize
+        )
         courses = Courses(self._evaluator, self._anchors)
         failures = _Failures(self._evaluator)
         told = self._journal.tells()
         objectives = None
-        for number in range(self._prepared.generations):
+        number = asked = 0
+        while asked + self._optimizer.popsize <= budget:
             begun = bool(self._journal.candidates("search", number))
             if not begun and self._out_of_time(number):
                 break
+            if self._growth.due():
+                if asked + self._growth.popsize > budget:
+                    break
+                self._optimizer = self._growth.grown(number, self._optimizer)
             course = courses.of(number)
             if course.objectives != objectives:
                 # fitness by another objective does not compare
                 self._best, objectives = -math.inf, course.objectives
+                self._growth.restart()
             genomes = self._optimizer.ask()
             rows = self._asked(number, genomes)
-            plans = [self._prepared.space.decode(genome) for genome in genomes]
+            plans = [self._prepared.decode(genome) for genome in genomes]
             generation = Generation(self._evaluator, self._anchors, course, number, failures)
             ranking = generation.run(list(zip(rows, plans, strict=True)))
             if number not in told:
@@ -90,7 +102,9 @@ class Search:
             self._optimizer.tell(genomes, self._values(ranking))
             self._keep_best(rows, ranking)
             courses.learn(ranking.points, ranking.halves)
+            self._growth.learn(ranking)
             self._seen.told(number, ranking.fitness)
+            number, asked = number + 1, asked + len(rows)
 
     def _values(self, ranking: Ranking) -> Genomes:
         """What the optimizer is told: one value per candidate, or for NSGA-II one per candidate and task."""
@@ -120,7 +134,7 @@ class Search:
                     number,
                     position,
                     tuple(float(x) for x in genome),
-                    self._prepared.space.decode(genome).digest(),
+                    self._prepared.decode(genome).digest(),
                 )
                 for position, genome in enumerate(genomes)
             ]
