@@ -1,0 +1,223 @@
+"""`shoal reproduce`: a published winner made again from its lock, its scores measured again, and what agrees.
+
+Nothing of the repository is executed: its tasks are found by name among lm-eval's own or in a folder of yours, and are
+the lock's by the hashes of their items. Task YAML of the repository is used only where that was asked for.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.endpoint import Say
+from shoal.errors import EvaluationError, PublishError
+from shoal.hub import items
+from shoal.hub.compare import COMPARED, Compared, compare, read_scores
+from shoal.hub.download import DATA, DOCUMENTS, MODEL, check_weights, fetched, split_revision
+from shoal.hub.fetch import DEFAULT_LIMITS, Limits
+from shoal.hub.opened import LOCK, Opened, open_publication
+from shoal.hub.published import Device
+from shoal.hub.rebuild import other_versions, parents_here, rebuilt_sha256
+from shoal.lock import Lock
+from shoal.preflight import resolve_include_path
+from shoal.types import Completed, Failed, ItemScore, Job
+from shoal.worker import LocalWorker
+
+TASKS = "tasks"
+_TASK_FILES = (f"{TASKS}/*.yaml", f"{TASKS}/*.yml", f"{TASKS}/*.json", f"{TASKS}/*.parquet", f"{TASKS}/*.txt")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table. expected: as published; found: here."""
+
+    what: str
+    expected: str
+    found: str
+    agrees: bool
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What agrees. notes: what may explain a difference. device: in words, None where nothing was scored."""
+
+    where: str
+    checks: tuple[Check, ...]
+    scores: tuple[Compared, ...] = ()
+    notes: tuple[str, ...] = ()
+    device: str | None = None
+
+    @property
+    def agrees(self) -> bool:
+        return all(check.agrees for check in self.checks)
+
+
+def reproduce(
+    source: str | Path,
+    *,
+    score: bool = False,
+    include_path: str | Path | None = None,
+    trust_tasks: bool = False,
+    device: str = "auto",
+    limits: Limits = DEFAULT_LIMITS,
+    say: Say = lambda text: None,
+) -> Reproduction:
+    """Rebuild a published winner from its lock and compare; with `score` measure its items again, too.
+
+    source: a repository (`org/name`, `org/name@revision`), a published lock.yaml, or a folder with one. include_path:
+    folder with the tasks that are not lm-eval's own. trust_tasks: use task YAML that the repository holds, which can
+    run code on this machine.
+
+    Raises:
+        PublishError: it cannot be fetched or rebuilt, or a task is not supplied. EvaluationError, CheckpointError: tasks
+            or parents cannot be loaded. What merely differs is no error but a check that does not agree.
+    """
+    with _opened(source, trust_tasks, limits, say) as opened:
+        tasks = opened.folder / TASKS
+        given = Path(include_path) if include_path is not None else tasks if trust_tasks else None
+        include = _include(opened, given, say) if score else None
+        lock = parents_here(opened, include, say)
+        winner = opened.lock.winner
+        count = sum(len(model.files) for model in lock.models)
+        checks = [
+            Check("parents", f"{count} files", "same hashes", True),
+        ]
+        say("merging")
+        found = rebuilt_sha256(opened, lock)
+        checks.append(
+            Check("weights_sha256", winner.weights_sha256[:16], found[:16], found == winner.weights_sha256)
+        )
+        if opened.lock.weights_published and any(opened.folder.glob("*.safetensors")):
+            checks.append(_published_weights(opened))
+        versions = other_versions(lock)
+        notes = [f"libraries differ: {', '.join(versions)}"] if versions else []
+        if not score:
+            return Reproduction(opened.where, tuple(checks), notes=tuple(notes))
+        return _scored(opened, lock, device, checks, notes, say)
+
+
+@contextmanager
+def _opened(source: str | Path, trust_tasks: bool, limits: Limits, say: Say) -> Iterator[Opened]:
+    path = Path(source)
+    if path.is_file() or (path / LOCK).is_file():
+        yield open_publication(path.parent if path.is_file() else path, str(source))
+        return
+    repo, revision = split_revision(str(source))
+    allow = (*DATA, *DOCUMENTS, *MODEL, *(_TASK_FILES if trust_tasks else ()))
+    with (
+        tempfile.TemporaryDirectory(prefix="shoal-") as scratch,
+        fetched(repo, revision, Path(scratch) / "publication", allow, limits, say) as (opened, _),
+    ):
+        yield opened
+
+
+def _include(opened: Opened, given: Path | None, say: Say) -> Path | None:
+    """The folder of custom tasks: yours, or a zoo's.
+
+    Raises:
+        PublishError: there must be one, and was none.
+    """
+    custom = [task.task for task in opened.lock.tasks if task.custom]
+    if given is not None:
+        if not given.is_dir():
+            raise PublishError(f"{given}: no such folder with tasks")
+        return given.resolve()
+    named = opened.recipe.evaluation.include_path
+    if named is not None and named.startswith("zoo:"):
+        return resolve_include_path(named, Path(), say)
+    if custom:
+        raise PublishError(
+            f"{opened.where}: the tasks {', '.join(custom)} are the publisher's own, and task YAML is never taken from a"
+            " repository (it can run code); name the folder that you have them in by --include-path"
+        )
+    return None
+
+
+def _published_weights(opened: Opened) -> Check:
+    expected = opened.lock.winner.weights_sha256[:16]
+    try:
+        check_weights(opened)
+    except PublishError:
+        return Check("published weights", expected, "others", False)
+    return Check("published weights", expected, expected, True)
+
+
+def _scored(
+    opened: Opened, lock: Lock, device: str, checks: list[Check], notes: list[str], say: Say
+) -> Reproduction:
+    published = read_scores(opened.folder, opened.lock)
+    say("building requests")
+    _check_tasks(opened, lock)
+    rendered = items.rendered(opened.recipe, lock)
+    if rendered.planned is None:
+        raise EvaluationError(rendered.why)
+    here = {task.task: task.requests or {} for task in rendered.tasks}
+    for task in opened.lock.tasks:
+        for role in COMPARED:
+            expected = (task.requests or {}).get(role)
+            found = here.get(task.task, {}).get(role)
+            if expected is not None:
+                same = expected == found
+                checks.append(
+                    Check(f"requests {task.task} {role}", expected[:16], (found or "none")[:16], same)
+                )
+    worker = LocalWorker(opened.recipe, lock, device, say)
+    try:
+        where = worker.capabilities().device
+        measured = _measured(opened, worker, say)
+    finally:
+        worker.close()
+    same_kind = _same_kind(opened.lock.device, where)
+    if not same_kind:
+        notes.append(
+            f"scored on {where}, the publisher on {opened.lock.device.words}: the lock's allowance counts"
+        )
+    rows = compare(published, measured, opened.lock, same_kind)
+    limit = opened.lock.tolerance.loglik
+    for row in rows:
+        what = f"{row.task} {row.role}"
+        allowed = f"at most {row.allowed:.2%}" if row.allowed else "none"
+        checks.append(Check(f"flips {what}", allowed, f"{row.flips} of {row.items}", row.agrees))
+        if row.largest is not None and row.median is not None:
+            words = f"median {row.median:.2g}, largest {row.largest:.2g}"
+            checks.append(
+                Check(f"log-likelihood {what}", f"within {limit:g} nats", words, row.largest <= limit)
+            )
+    return Reproduction(opened.where, tuple(checks), tuple(rows), tuple(notes), where)
+
+
+def _check_tasks(opened: Opened, lock: Lock) -> None:
+    named = {task.task for task in opened.lock.tasks}
+    for task in lock.tasks:
+        if task.task not in named:
+            raise PublishError(
+                f"{opened.where}: lock.yaml scores {task.task!r}, which it does not list under tasks"
+            )
+
+
+def _measured(opened: Opened, worker: LocalWorker, say: Say) -> list[ItemScore]:
+    """The winner's scores, role by role as the run scored it."""
+    winner = opened.lock.winner
+    found: list[ItemScore] = []
+    for role in COMPARED:
+        ids = {(task.task, role): task.roles[role].items for task in opened.lock.run.tasks}
+        say(f"scoring {sum(map(len, ids.values()))} {role} items")
+        worker.submit(Job(winner.id, winner.merge_plan(), ids, canonical=True))
+        done: Completed | Failed = worker.poll()
+        if isinstance(done, Failed):
+            raise EvaluationError(
+                f"{opened.where}: the winner cannot be scored on {role} items: {done.error}"
+            )
+        found += done.scores
+    return found
+
+
+def _same_kind(published: Device, here: str) -> bool:
+    """CPUs are of one kind; GPUs are where they have one name."""
+    kind = here.partition(" ")[0].partition(":")[0]
+    if kind != published.kind:
+        return False
+    return kind == "cpu" or published.words.partition(" (")[2] == here.partition(" (")[2]
