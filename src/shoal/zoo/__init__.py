@@ -11,6 +11,8 @@ from shoal.errors import ShoalError, nearest
 Progress = Callable[[str, float], None]
 
 _MEMBERS = {"tiny": ("base", "reverse", "sort"), "smollm2": ("base",)}
+# trained from nothing by shoal's own code, under shoal's licence; and as the card of SmolLM2-135M-Instruct says
+_LICENCES = {"tiny": "apache-2.0", "smollm2": "apache-2.0"}
 
 
 def names(zoo: str | None = None) -> tuple[str, ...]:
@@ -24,6 +26,16 @@ def names(zoo: str | None = None) -> tuple[str, ...]:
     if zoo not in _MEMBERS:
         raise ShoalError(f"no zoo {zoo!r}: {nearest(zoo, _MEMBERS)}")
     return _MEMBERS[zoo]
+
+
+def licence(zoo: str) -> str:
+    """The licence of a zoo's models, as an id of the Hub.
+
+    Raises:
+        ShoalError: there is no such zoo.
+    """
+    names(zoo)
+    return _LICENCES[zoo]
 
 
 def cache_folder() -> Path:
