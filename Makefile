@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: quickstart test check notebooks clean
+.PHONY: quickstart test check docs notebooks clean
 
 quickstart: $(VENV)/core
 	$(BIN)/shoal evolve recipes/quickstart.yaml --run runs/quickstart
@@ -12,11 +12,15 @@ quickstart: $(VENV)/core
 test: $(VENV)/test
 	$(BIN)/pytest -n 2 --dist loadfile
 
-check: $(VENV)/test
+check: $(VENV)/test docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/test
+	$(BIN)/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 notebooks: $(VENV)/test
 	$(BIN)/python notebooks/execute.py

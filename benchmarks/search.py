@@ -39,6 +39,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ Floats = NDArray[np.float64]
 FULL = (
     100_000  # item-evaluations: 500 candidates of mergekit-evolve's settings, 100 items on each of two tasks
 )
-FULL_TINY = 45_000  # the same: 150 candidates on 100 items of three tasks
+FULL_TINY = 30_000  # the same: 100 candidates, mergekit-evolve's default, on 100 items of three tasks
 REPEATS = 4  # seeds per simulated problem: other items, another search
 SIZES = {"search": 300, "select": 150, "test": 300}  # items of each role, per task
 BEHIND = 2.33  # standard errors by which a parent is no finalist, see shoal.stages.anchors
@@ -532,21 +533,29 @@ def show(found: Mapping[str, Any]) -> None:
         )
 
 
-def tiny(chosen: Sequence[Setting], seeds: Sequence[int], full: int) -> list[dict[str, Any]]:
-    """All runs on the tiny zoo, in this process: one resident model is what a run has."""
-    from tiny_family import Truth, run_tiny
+@lru_cache(maxsize=1)
+def _truth() -> Any:
+    from tiny_family import Truth
 
-    truth = Truth(OURS)
-    rows = []
-    for seed in seeds:
-        for setting in chosen:
-            started = time.perf_counter()
-            rows.append(run_tiny(setting, seed, full, truth))
-            print(
-                f"seed {seed}, {setting.name}: {rows[-1]['gain']:+.2f} ({time.perf_counter() - started:.0f} s)",
-                flush=True,
-            )
-    return rows
+    return Truth(OURS)
+
+
+def _tiny(arguments: tuple[Setting, int, int]) -> dict[str, Any]:
+    from tiny_family import run_tiny
+
+    setting, seed, full = arguments
+    started = time.perf_counter()
+    row: dict[str, Any] = run_tiny(setting, seed, full, _truth())
+    print(
+        f"seed {seed}, {setting.name}: {row['gain']:+.2f} ({time.perf_counter() - started:.0f} s)", flush=True
+    )
+    return row
+
+
+def tiny(chosen: Sequence[Setting], seeds: Sequence[int], full: int, processes: int) -> list[dict[str, Any]]:
+    """All runs on the tiny zoo; one resident model per process. Set OMP_NUM_THREADS to cores / processes."""
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        return list(pool.map(_tiny, [(setting, seed, full) for seed in seeds for setting in chosen]))
 
 
 def main() -> None:
@@ -583,7 +592,11 @@ def main() -> None:
         names += [OURS.name, MERGEKIT.name]
         chosen = [s for s in chosen if s.name in names]
     started = time.perf_counter()
-    rows = simulated(chosen, seeds, full, arguments.processes) if simulate else tiny(chosen, seeds, full)
+    rows = (
+        simulated(chosen, seeds, full, arguments.processes)
+        if simulate
+        else tiny(chosen, seeds, full, arguments.processes)
+    )
     found = summary(rows, full)
     show(found)
     if arguments.json:

@@ -1,7 +1,7 @@
 """The tiny zoo as a problem for benchmarks/search.py: real merges, scored by lm-eval, through `shoal.run.evolve`.
 
 A seed is a search seed; models and items stay the same. The truth is the metric on those test items of the three tasks
-that no claim uses, 850 of each; measuring it costs the search nothing.
+that no claim uses, 400 of each; measuring it costs the search nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from shoal.worker import LocalWorker
 TASKS = ("tiny_reverse", "tiny_sort", "tiny_choice")
 METRICS = {"tiny_reverse": "exact_match", "tiny_sort": "acc", "tiny_choice": "acc"}
 SIZES = {"search": 200, "select": 100, "test": 150}  # items of each role, per task
-CHECKPOINTS = 8  # at which it is looked up what a run would have returned
+HELD_OUT = 400  # items per task that the truth is measured on
+CHECKPOINTS = 6  # at which it is looked up what a run would have returned
 
 
 def recipe_of(setting: Any, seed: int, full: int) -> Recipe:
@@ -34,7 +35,9 @@ def recipe_of(setting: Any, seed: int, full: int) -> Recipe:
     options = dict(setting.options)
     bounds = {"weight": (options.pop("low", -0.2), options.pop("high", 1.5))}
     sizes = SIZES if setting.fresh else {**SIZES, "search": setting.items}  # the whole pool, every generation
-    fixed = len(TASKS) * (4 * sizes["search"] + 6 * sizes["select"] + 5 * sizes["test"] + sizes["search"])
+    # at most: anchors and the winner on their sample, the best anchor on what is drawn, select, test
+    sample = min(setting.anchor_items, sizes["search"])
+    fixed = len(TASKS) * (5 * sample + (sizes["search"] - sample) + 6 * sizes["select"] + 5 * sizes["test"])
     left = full - (fixed if setting.claim else 0)
     return Recipe.model_validate(
         {
@@ -50,6 +53,7 @@ def recipe_of(setting: Any, seed: int, full: int) -> Recipe:
             "search": {
                 "budget": max(4, left // (len(TASKS) * setting.items)),
                 "items": setting.items,
+                "anchor_items": setting.anchor_items,
                 "seed": seed,
                 "sigma0": setting.sigma0,
                 "popsize": setting.popsize,
@@ -81,7 +85,7 @@ class Truth:
         return {
             task.task: sorted(
                 set(task.roles["test"].items) - set(prepared.lock.task(task.task).roles["test"].items)
-            )
+            )[:HELD_OUT]
             for task in self.prepared.lock.tasks
         }
 
@@ -115,6 +119,7 @@ def run_tiny(setting: Any, seed: int, full: int, truth: Truth) -> dict[str, Any]
         try:
             steps = list(_steps(journal, prepared))
             total = sum(row.items for row in journal.evaluations())
+            selected = {row.candidate for row in journal.evaluations() if row.role == "select"}
         finally:
             journal.close()
     searched = steps[-1][0] if steps else 0
@@ -132,7 +137,7 @@ def run_tiny(setting: Any, seed: int, full: int, truth: Truth) -> dict[str, Any]
         if setting.return_mean:
             finalists = {"mean": prepared.space.decode(mean), **finalists}
         if setting.claim:
-            candidates = finalists | baselines
+            candidates = finalists | {n: plan for n, plan in baselines.items() if n in selected}
             found = {n: truth.score(plan, "select", select) for n, plan in candidates.items()}
             name = max(found, key=lambda n: found[n])
             chosen = candidates[name]
