@@ -1,6 +1,6 @@
 """Draws what benchmarks/search.py wrote: true gain of every setting, and what is found for how much.
 
-    python benchmarks/plot_search.py FILE.json OUT.png
+python benchmarks/plot_search.py FILE.json OUT.png
 """
 
 from __future__ import annotations

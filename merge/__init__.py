@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from shoal.calling import make_callable
 from shoal.merge.methods import METHODS, Method, Resolved, check_plan, method, resolved
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from shoal.merge.resident import Merger
     from shoal.merge.runtime import load_runtime, torch_dtype
     from shoal.merge.writer import write_model
+
+make_callable(__name__)
 
 __all__ = [
     "METHODS",

@@ -56,6 +56,10 @@ BROKEN = {
         "num_hidden_layers is 4, expected 3",
     ),
     "missing file": lambda p, **_: (p.recipe(models=["./missing"]), "no such folder"),
+    "warm start that is not there": lambda p, **_: (
+        p.recipe(search={"warm_start": "./nothing.yml"}),
+        "nothing.yml",
+    ),
     "bounds reversed": lambda p, **_: (p.recipe(space={"bounds": {"weight": [1, 0]}}), "low < high"),
     "misspelt optimizer": lambda p, **_: (
         p.recipe(search={"optimizer": "cma"}),

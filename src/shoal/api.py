@@ -2,20 +2,98 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.errors import RecipeError, RunError
+from shoal.folder import RunFolder
+from shoal.hub.download import Downloaded, download
+from shoal.hub.publish import dry_run, publish
+from shoal.hub.reproduce import Reproduction, reproduce
+from shoal.hub.start import published_start
+from shoal.lock import Lock
+from shoal.merge_run import write_candidate
+from shoal.output import read_plan
 from shoal.page import Live
 from shoal.recipe import Recipe, load_recipe
-from shoal.report import write_plots
+from shoal.report import load_result, write_plots
 from shoal.run import evolve as evolve_run
+from shoal.score import score_model as score
 from shoal.stages.observer import Observer, Silent
+from shoal.types import MergePlan
+
+__all__ = [
+    "Downloaded",
+    "Reproduction",
+    "Run",
+    "download",
+    "dry_run",
+    "evolve",
+    "load_recipe",
+    "load_run",
+    "merge",
+    "publish",
+    "reproduce",
+    "score",
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. result: content of result.json; winner: the chosen merge."""
+
+    folder: Path
+    recipe: Recipe
+    lock: Lock
+    result: dict[str, Any]
+    winner: MergePlan
+
+
+def load_run(run: str | Path) -> Run:
+    """What a finished run found.
+
+    Raises:
+        RunError: no run, or not finished.
+    """
+    folder = RunFolder(Path(run))
+    recipe, lock = folder.open()
+    return Run(folder.path, recipe, lock, load_result(folder.path), read_plan(folder.best))
+
+
+def merge(
+    source: str | Path,
+    out: str | Path,
+    *,
+    candidate: str | None = None,
+    seed: int = 0,
+    max_shard_bytes: int = 10**9,
+) -> Path:
+    """Write a complete model folder to `out`, and return it.
+
+    source: the folder of a finished run (its winner, or `candidate` by its id), or a mergekit YAML. seed: of random
+    masks, and max_shard_bytes: of the largest file, for a mergekit YAML.
+
+    Raises:
+        ShoalError: nothing to merge there, or `out` exists; nothing half-written is left.
+    """
+    source, out = Path(source), Path(out)
+    if source.is_dir():
+        write_candidate(source, out, candidate)
+        return out
+    if candidate is not None or not source.is_file():
+        raise RunError(f"{source}: expected the folder of a run{'' if candidate else ' or a mergekit YAML'}")
+    from shoal.merge.mergekit_bridge import write_config
+
+    write_config(source, out, seed=seed, max_shard_bytes=max_shard_bytes)
+    return out
 
 
 def evolve(
-    recipe: Recipe | str | Path,
+    recipe: Recipe | str | Path | None,
     run: str | Path | None = None,
     *,
+    start_from: str | None = None,
     device: str = "auto",
     memory: str = "auto",
     memory_limit: int | None = None,
@@ -28,6 +106,8 @@ def evolve(
     RUN/report.html is written while the run goes on and at its end.
 
     recipe: a file, or a loaded recipe (its relative paths are then relative to the working directory).
+    start_from: a published repository (`org/name`, `org/name@revision`) whose winner the search starts from; recipe may
+    then be None for the published one.
     run: the run's folder, default `runs/NAME`. device: auto, cpu, cuda or cuda:N.
     memory: where the parents are kept: device, host (streamed to the device), disk, or auto (by size).
     memory_limit: bytes of device memory to stay under.
@@ -36,8 +116,13 @@ def evolve(
     Raises:
         ShoalError: one clear message; everything that was finished is kept in the run folder.
     """
-    folder = Path() if isinstance(recipe, Recipe) else Path(recipe).parent
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    folder = Path(recipe).parent if isinstance(recipe, (str, Path)) else Path()
+    given = load_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
+    if start_from is not None:
+        given = published_start(start_from, given, (observer or Silent()).say)
+    if given is None:
+        raise RecipeError("no recipe: name a recipe file, or a published repository to go on from")
+    loaded = given
     where = Path("runs") / loaded.name if run is None else Path(run)
     with Live(where, observer or Silent()) as seen:
         result = evolve_run(

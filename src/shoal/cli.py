@@ -107,8 +107,14 @@ def quickstart(
 @app.command()
 @guarded
 def evolve(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe file (YAML); without one --from takes the published recipe.")
+    ] = None,
     run: RunOption = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option("--from", help="Go on from the winner of a published repository, org/name[@revision]."),
+    ] = None,
     device: DeviceOption = "auto",
     memory: MemoryOption = "auto",
     memory_limit: LimitOption = None,
@@ -117,7 +123,7 @@ def evolve(
     quiet: QuietOption = False,
 ) -> None:
     """Start the run of a recipe, or continue it where it stopped."""
-    _evolve(recipe, run, device, reopen_test, save_weights, quiet, memory, _bytes(memory_limit))
+    _evolve(recipe, run, device, reopen_test, save_weights, quiet, memory, _bytes(memory_limit), start_from)
 
 
 @app.command()
@@ -136,10 +142,13 @@ def validate(
     from shoal.outlook import describe
     from shoal.preflight import prepare
     from shoal.recipe import load_recipe
+    from shoal.run import warmed
     from shoal.worker import resolve_device
 
     console = _console()
-    prepared = prepare(load_recipe(recipe), recipe.parent, lambda text: None, outlines=True)
+    prepared = warmed(
+        prepare(load_recipe(recipe), recipe.parent, lambda text: None, outlines=True), recipe.parent
+    )
     rows = describe(prepared, resolve_device(device), memory, _bytes(memory_limit))
     if estimate:
         rows += estimate_cost(prepared, resolve_device(device)).rows()
@@ -527,7 +536,7 @@ app.add_typer(cli_hub.hub_app, name="hub")
 
 
 def _evolve(
-    recipe_path: Path,
+    recipe_path: Path | None,
     run: Path | None,
     device: str,
     reopen_test: bool,
@@ -535,18 +544,24 @@ def _evolve(
     quiet: bool,
     memory: str = "auto",
     memory_limit: int | None = None,
+    start_from: str | None = None,
 ) -> None:
     from shoal.api import evolve as evolve_run
     from shoal.progress import observer
     from shoal.recipe import load_recipe
     from shoal.report import PLOTS, result_table, result_words, verdict_style
 
-    run = run or Path("runs") / load_recipe(recipe_path).name
+    if recipe_path is None and start_from is None:
+        raise RunError("name a recipe file, or a published repository by --from")
+    if recipe_path is None and run is None:
+        raise RunError("--from without a recipe: name the new run's folder by --run")
+    run = run or Path("runs") / load_recipe(recipe_path or "").name
     console = _console()
     with observer(console, quiet) as seen:
         result = evolve_run(
             recipe_path,
             run,
+            start_from=start_from,
             device=device,
             memory=memory,
             memory_limit=memory_limit,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoal.endpoint import without_bars
 from shoal.errors import PublishError
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def download(
     """Download a published merge as a model folder, every hash checked; a recipe is rebuilt from its parents."""
     from shoal.hub.download import download as fetch
 
-    found = fetch(repo, out, say=_say(quiet))
+    with without_bars(quiet):
+        found = fetch(repo, out, say=_say(quiet))
     how = "rebuilt from its parents" if found.rebuilt else "downloaded"
     typer.echo(f"{found.folder}: {how}, weights_sha256 {found.weights_sha256[:16]} as in the lock")
 
@@ -139,14 +141,15 @@ def reproduce(
     """Rebuild a published winner and compare it with what was published; exit code 0 only if all agrees, 1 if not."""
     from shoal.hub.reproduce import reproduce as again
 
-    found = again(
-        source,
-        score=score,
-        include_path=include_path,
-        trust_tasks=trust_tasks,
-        device=device,
-        say=_say(quiet),
-    )
+    with without_bars(quiet):
+        found = again(
+            source,
+            score=score,
+            include_path=include_path,
+            trust_tasks=trust_tasks,
+            device=device,
+            say=_say(quiet),
+        )
     _print(found, score)
     if not found.agrees:
         raise typer.Exit(1)

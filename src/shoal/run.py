@@ -84,7 +84,7 @@ def _open(
 ) -> Prepared:
     """A new run: prepare and write its lock. An existing one: check that this recipe may continue it."""
     if not folder.started:
-        prepared = _warm(prepare(recipe, base_folder, seen.say), base_folder)
+        prepared = warmed(prepare(recipe, base_folder, seen.say), base_folder)
         folder.start(recipe, prepared.lock)
         return prepared
     grown = folder.check_same(recipe)
@@ -107,7 +107,7 @@ def _open(
     return prepared
 
 
-def _warm(prepared: Prepared, base_folder: Path) -> Prepared:
+def warmed(prepared: Prepared, base_folder: Path) -> Prepared:
     """The same, started from the merge that the recipe names, with smaller steps; the lock holds the start itself."""
     source, lock = prepared.recipe.search.warm_start, prepared.lock
     if source is None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.calling import make_callable
 from shoal.errors import EvaluationError, nearest
 from shoal.models import resolve_models
 from shoal.recipe import parse_model
@@ -25,6 +26,8 @@ from shoal.results import TaskResult, save, table_rows, writable
 from shoal.worker import resolve_device
 
 __all__ = ["Scores", "Speed", "TaskResult", "score_model"]
+
+make_callable(__name__)
 
 
 @dataclass(frozen=True)

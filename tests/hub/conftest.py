@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub.client import OTHER, TOKEN, Client, point_client
 from hub.local_hub import LocalHub
+from hub.publications import Made, make
 
 
 @pytest.fixture
@@ -37,3 +39,9 @@ def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
     monkeypatch.setattr(time, "sleep", found.append)
     return found
+
+
+@pytest.fixture(scope="session")
+def made(pico: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A finished run of Hub parents, and its two publications."""
+    return make(pico, tmp_path_factory.mktemp("made"))

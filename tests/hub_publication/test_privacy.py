@@ -116,6 +116,12 @@ def test_the_machine_is_asked_for_what_is_private(monkeypatch: pytest.MonkeyPatc
     assert "trillian" not in Secrets.of_machine([], ["trillian/fish"]).names
 
 
-def test_a_page_keeps_its_scripts() -> None:
-    page = "<p>zaphod in /home/zaphod/x</p><script>zaphod.max(1/2/3)</script>"
-    assert SCRUBBER.page(page) == "<p>&lt;name&gt; in <path></p><script>zaphod.max(1/2/3)</script>"
+def test_a_page_keeps_its_scripts_and_shows_where_something_was() -> None:
+    page = (
+        "<p>zaphod in /home/zaphod/x</p><script>zaphod.max('/home/zaphod/x')</script>"
+        '<script type="application/json" id="d">["/home/zaphod/x"]</script>'
+    )
+    assert SCRUBBER.page(page) == (
+        "<p>&lt;name&gt; in &lt;path&gt;</p><script>zaphod.max('/home/zaphod/x')</script>"
+        '<script type="application/json" id="d">["<path>"]</script>'
+    )

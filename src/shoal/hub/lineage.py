@@ -17,6 +17,8 @@ from shoal.hub.published import FORMAT, Ancestor, Opening, PublishedLock, load_p
 from shoal.journal import Journal
 from shoal.recipe import Recipe
 
+PUBLISHED = "published.yaml"  # the published lock in a folder that a search was started from
+
 
 def lineage(
     recipe: Recipe, run: Path, parents: Sequence[Parent], documents: Mapping[Parent, Documents]
@@ -57,6 +59,9 @@ def _of_start(source: str, run: Path) -> Ancestor:
     written = Path(source).expanduser()
     name = written.name or "start"
     for place in (written, Path.cwd() / written, run.parent / written):
+        if (place / PUBLISHED).is_file():  # ORG/NAME@COMMIT in the cache
+            reference = f"{place.parent.name}/{place.name}"
+            return _of_published(load_published(place / PUBLISHED), "warm start", reference)
         if (place / "lock.yaml").is_file():
             return _of_folder(place, name)
     return Ancestor(relation="warm start", reference=name, name=name)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import PublishError, RecipeError, ShoalError
-from shoal.hub.published import PublishedLock, load_published
-from shoal.hub.safe_yaml import read_yaml
+from shoal.hub.published import PublishedLock, parse_published
+from shoal.hub.safe_yaml import MAX_BYTES, read_yaml
 from shoal.merge.methods import check_plan, method
 from shoal.preflight import check_model_args
 from shoal.recipe import MAX_RECIPE_BYTES, Recipe, parse_model, parse_recipe
@@ -47,9 +47,9 @@ def open_publication(folder: Path, where: str) -> Opened:
         PublishError: one of them is missing, too large, not safe YAML or JSON, of another schema, names folders of a
             machine or does not belong to the others; or the merge plan is none.
     """
-    lock = load_published(folder / LOCK)
-    recipe = _recipe(folder / RECIPE)
-    result = _result(folder / RESULT)
+    lock = parse_published(_read(folder / LOCK, MAX_BYTES, where), f"{where}: {LOCK}")
+    recipe = _recipe(folder / RECIPE, where)
+    result = _result(folder / RESULT, where)
     try:
         _check_models(lock)
         _check_recipe(recipe, lock)
@@ -75,34 +75,35 @@ def _winner(result: dict[str, Any]) -> Any:
     return winner.get("id") if isinstance(winner, dict) else None
 
 
-def _read(path: Path, limit: int) -> str:
+def _read(path: Path, limit: int, where: str) -> str:
+    name = f"{where}: {path.name}"
     if path.is_symlink() or not path.is_file():
-        raise PublishError(f"{path}: not there; is this a publication of shoal?")
+        raise PublishError(f"{name}: not there; is this a publication of shoal?")
     if path.stat().st_size > limit:
-        raise PublishError(f"{path}: {path.stat().st_size:,} bytes, expected at most {limit:,}")
+        raise PublishError(f"{name}: {path.stat().st_size:,} bytes, expected at most {limit:,}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise PublishError(f"{path}: not UTF-8 text: {error}") from None
+        raise PublishError(f"{name}: not UTF-8 text: {error}") from None
 
 
-def _recipe(path: Path) -> Recipe:
-    text = _read(path, MAX_RECIPE_BYTES)
-    read_yaml(text, str(path), MAX_RECIPE_BYTES)  # no tags, no aliases, not too deep
+def _recipe(path: Path, where: str) -> Recipe:
+    text, name = _read(path, MAX_RECIPE_BYTES, where), f"{where}: {path.name}"
+    read_yaml(text, name, MAX_RECIPE_BYTES)  # no tags, no aliases, not too deep
     try:
-        return parse_recipe(text, str(path))
+        return parse_recipe(text, name)
     except RecipeError as error:
         raise PublishError(str(error)) from None
 
 
-def _result(path: Path) -> dict[str, Any]:
-    text = _read(path, MAX_RESULT_BYTES)
+def _result(path: Path, where: str) -> dict[str, Any]:
+    text, name = _read(path, MAX_RESULT_BYTES, where), f"{where}: {path.name}"
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PublishError(f"{path}: not valid JSON: {error}") from None
+        raise PublishError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(data, dict):
-        raise PublishError(f"{path}: expected a mapping, found {type(data).__name__}")
+        raise PublishError(f"{name}: expected a mapping, found {type(data).__name__}")
     return data
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoal import zoo
+from shoal.endpoint import without_bars
 from shoal.errors import PublishError
 from shoal.hub.licences import Licence, ParentLicence, lookup, recognise
 from shoal.hub.safe_yaml import read_yaml
@@ -115,9 +116,10 @@ def _fetched(parent: Parent) -> Path | None:
     from huggingface_hub import errors
 
     try:
-        path = huggingface_hub.snapshot_download(
-            parent.reference, revision=parent.commit, allow_patterns=list(_DOCUMENTS)
-        )
+        with without_bars():
+            path = huggingface_hub.snapshot_download(
+                parent.reference, revision=parent.commit, allow_patterns=list(_DOCUMENTS)
+            )
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
         return None
     return Path(path)

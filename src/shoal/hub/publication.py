@@ -262,7 +262,9 @@ def _report(run: Path, folder: Path, work: _Work) -> None:
         )
         tables.clean_journal(RunFolder(run).journal, RunFolder(clean).journal, work.scrubber)
         write_page(clean, path, item_text=False)
-    path.write_text(work.scrubber.page(path.read_text(encoding="utf-8")), encoding="utf-8")
+    text = work.scrubber.page(path.read_text(encoding="utf-8"))
+    # without the time: a repeated upload must send the same bytes, or it cannot find what arrived
+    path.write_text(re.sub(r"(Written by shoal \S+) at [^<]{,40} UTC", r"\1", text), encoding="utf-8")
 
 
 def _structured(folder: Path, work: _Work, lock: PublishedLock) -> None:

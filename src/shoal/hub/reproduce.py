@@ -90,7 +90,7 @@ def reproduce(
         checks.append(
             Check("weights_sha256", winner.weights_sha256[:16], found[:16], found == winner.weights_sha256)
         )
-        if opened.lock.weights_published and any(opened.folder.glob("*.safetensors")):
+        if opened.lock.weights_published:
             checks.append(_published_weights(opened))
         versions = other_versions(lock)
         notes = [f"libraries differ: {', '.join(versions)}"] if versions else []
@@ -148,12 +148,17 @@ def _published_weights(opened: Opened) -> Check:
 def _scored(
     opened: Opened, lock: Lock, device: str, checks: list[Check], notes: list[str], say: Say
 ) -> Reproduction:
-    published = read_scores(opened.folder, opened.lock)
+    published = read_scores(opened.folder, opened.lock, opened.where)
     say("building requests")
     _check_tasks(opened, lock)
     rendered = items.rendered(opened.recipe, lock)
     if rendered.planned is None:
         raise EvaluationError(rendered.why)
+    for planned in rendered.planned.values():
+        if getattr(planned.source.task, "UNSAFE_CODE", False):
+            raise EvaluationError(
+                f"task {planned.source.name!r} runs code that the model writes; shoal does not"
+            )
     here = {task.task: task.requests or {} for task in rendered.tasks}
     for task in opened.lock.tasks:
         for role in COMPARED:
