@@ -290,7 +290,7 @@ def test_a_warm_start_is_where_the_gradient_is_taken(
     evolve(mine, tmp_path / "run", device="cpu", worker=one_worker)
     journal = Journal(tmp_path / "run" / "journal.sqlite")
     first, second, *_ = journal.candidates("start")
-    assert first.genome == pytest.approx([0.2, 0.0, 0.6, 0.0])
+    assert first.genome == pytest.approx([0.2, 0.0] * 2 + [0.6, 0.0] * 2)
     assert second.genome is not None and second.genome != pytest.approx(first.genome)
     (found,) = journal.events("search start")
     values = dict(map(tuple, found["tried"]))
