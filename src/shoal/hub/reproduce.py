@@ -77,7 +77,9 @@ def reproduce(
     """
     with _opened(source, trust_tasks, limits, say) as opened:
         tasks = opened.folder / TASKS
-        given = Path(include_path) if include_path is not None else tasks if trust_tasks else None
+        given = tasks if trust_tasks else None
+        if include_path is not None:
+            given = resolve_include_path(str(include_path), Path(), say)
         include = _include(opened, given, say) if score else None
         lock = parents_here(opened, include, say)
         winner = opened.lock.winner
