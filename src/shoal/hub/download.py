@@ -18,6 +18,7 @@ from shoal.hub import weights
 from shoal.hub.fetch import DEFAULT_LIMITS, Limits, fetch
 from shoal.hub.opened import Opened, open_publication
 from shoal.hub.rebuild import parents_here, versions_hint
+from shoal.merge.writer import TOKENIZER_FILES
 
 # what a publication consists of, and nothing that a library would load on its own beside it (an adapter, say)
 DATA = ("recipe.yaml", "lock.yaml", "result.json")
@@ -36,18 +37,7 @@ MODEL = (
     "model.safetensors.index.json",
     "config.json",
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TOKENIZER_FILES,
 )
 # copied from a parent byte by byte, so the lock knows their hashes; the others may be set or scrubbed on the way
 _COPIED = (
