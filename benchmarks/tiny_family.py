@@ -1,12 +1,15 @@
 """The tiny zoo as a problem for benchmarks/search.py: real merges, scored by lm-eval, through `shoal.run.evolve`.
 
-A seed is a search seed; models and items stay the same. The truth is the metric on those test items of the three tasks
-that no claim uses, 400 of each; measuring it costs the search nothing.
+A seed is a search seed and, of the same three tasks, items of its own: what one draw of items says of all runs alike
+would otherwise look like a bias. The models stay the same. The truth is the metric on test items that no claim uses, 600
+of each task; measuring it costs the search nothing.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,16 +25,23 @@ from shoal.run import evolve
 from shoal.stages.search import new_optimizer
 from shoal.types import Failed, Job, MergePlan, Role
 from shoal.worker import LocalWorker
+from shoal.zoo.tiny_tasks import write_tasks
 
 TASKS = ("tiny_reverse", "tiny_sort", "tiny_choice")
 METRICS = {"tiny_reverse": "exact_match", "tiny_sort": "acc", "tiny_choice": "acc"}
 SIZES = {"search": 200, "select": 100, "test": 150}  # items of each role, per task
-HELD_OUT = 400  # items per task that the truth is measured on
+HELD_OUT = 600  # items per task that the truth is measured on
+# items of each split: test holds the claim's and those of the truth
+SPLITS = {"train": 300, "validation": 800, "test": SIZES["test"] + HELD_OUT}
+FIRST = 10_000  # added to a seed, the seed of its items; the zoo's own items have another
 CHECKPOINTS = 6  # at which it is looked up what a run would have returned
 
 
-def recipe_of(setting: Any, seed: int, full: int) -> Recipe:
-    """`setting` (of benchmarks/search.py) as a recipe that spends `full` item-evaluations, or a little less."""
+def recipe_of(setting: Any, seed: int, full: int, tasks: Path) -> Recipe:
+    """`setting` (of benchmarks/search.py) as a recipe that spends `full` item-evaluations, or a little less.
+
+    tasks: folder of the task files.
+    """
     options = dict(setting.options)
     bounds = {"weight": (options.pop("low", -0.2), options.pop("high", 1.5))}
     sizes = SIZES if setting.fresh else {**SIZES, "search": setting.items}  # the whole pool, every generation
@@ -49,7 +59,7 @@ def recipe_of(setting: Any, seed: int, full: int) -> Recipe:
                 {"task": t, "metric": METRICS[t], **{role: {"size": size} for role, size in sizes.items()}}
                 for t in TASKS
             ],
-            "evaluation": {"include_path": "zoo:tiny/tasks", "batch_size": 128},
+            "evaluation": {"include_path": str(tasks), "batch_size": 128},
             "search": {
                 "budget": max(4, left // (len(TASKS) * setting.items)),
                 "items": setting.items,
@@ -69,12 +79,16 @@ def recipe_of(setting: Any, seed: int, full: int) -> Recipe:
 
 
 class Truth:
-    """Scores merges on items that no run is charged for."""
+    """The items of a seed, and the scores of merges on those that no run is charged for. tasks: folder of its task files."""
 
-    def __init__(self, setting: Any) -> None:
-        recipe = recipe_of(setting, 0, 10**6)
+    def __init__(self, setting: Any, seed: int) -> None:
+        self.tasks = Path(tempfile.mkdtemp(prefix="shoal-tiny-"))
+        atexit.register(shutil.rmtree, self.tasks, ignore_errors=True)
+        write_tasks(self.tasks, seed=FIRST + seed, splits=SPLITS)
+        recipe = recipe_of(setting, 0, 10**6, self.tasks)
         tasks = tuple(
-            t.model_copy(update={"test": t.test.model_copy(update={"size": None})}) for t in recipe.tasks
+            t.model_copy(update={"test": t.test.model_copy(update={"size": SPLITS["test"]})})
+            for t in recipe.tasks
         )
         self.prepared = prepare(recipe.model_copy(update={"tasks": tasks}), Path())
         self._worker = LocalWorker(self.prepared.recipe, self.prepared.lock, "cpu")
@@ -110,7 +124,7 @@ class Truth:
 
 def run_tiny(setting: Any, seed: int, full: int, truth: Truth) -> dict[str, Any]:
     """One run; the same row as `run_simulated`."""
-    recipe = recipe_of(setting, seed, full)
+    recipe = recipe_of(setting, seed, full, truth.tasks)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         result = evolve(recipe, run, device="cpu")

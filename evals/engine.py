@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shoal.evals.attention import Kept, Pass, attending
 from shoal.evals.heap import keep_free_heap
-from shoal.evals.tree import Scored, Statistics, layout
+from shoal.evals.tree import USUAL, Costs, Scored, Statistics, layout
 
 BUDGET_CPU, BUDGET_GPU = (
     1280,
@@ -74,6 +74,30 @@ def accepts_tree(model: Any) -> bool:
     )
 
 
+# what an attention call costs beyond its arithmetic, as FLOP that attention could do in that time
+CALL_FLOP_CPU, CALL_FLOP_GPU = 3.5e6, 1e9
+PRODUCTS = 7.7  # by how much matrix products run faster than attention
+
+
+def costs_of(model: Any) -> Costs:
+    """What a layer of this model costs: calls weigh more in a small model, and much more on a GPU."""
+    config = model.config.get_text_config()
+    layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+    if not layers or not heads:
+        return USUAL
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    embeddings = {
+        id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    inner = sum(p.numel() for p in model.parameters()) - sum(embeddings.values())
+    pair = 4 * width  # FLOP
+    on_gpu = next(model.parameters()).device.type != "cpu"
+    return Costs(
+        call=(CALL_FLOP_GPU if on_gpu else CALL_FLOP_CPU) / pair,
+        token=2 * inner / layers / PRODUCTS / pair,
+    )
+
+
 class TreeEngine:
     """Over a token tree. budget: tokens of a forward pass."""
 
@@ -83,6 +107,7 @@ class TreeEngine:
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
         self.budget = budget or default_budget(self.device)
+        self.costs = costs_of(model)
         if self.device.type == "cpu":
             keep_free_heap()
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
@@ -115,7 +140,7 @@ class TreeEngine:
         key = tuple(map(id, sequences))
         found = self._layouts.get(key)
         if found is None:
-            laid = layout(sequences, self.budget, max(1, LOGITS // self.vocabulary))
+            laid = layout(sequences, self.budget, max(1, LOGITS // self.vocabulary), self.costs)
             passes = [Pass.of(b, self.dtype, self.device) for b in laid.batches]
             kept: Kept = {}
             for one in passes:
@@ -157,26 +182,28 @@ class TreeEngine:
                 logits_to_keep=one.wanted,
             ).logits[0]
         index, token = one.reads[0], one.reads[1]
-        normal, likeliest = normalisers(logits)
-        picked = logits[index, token].float() - normal[index]
-        return picked.double().cpu().numpy(), (likeliest[index] == token).cpu().numpy()
+        normal, top = normalisers(logits)
+        picked = logits[index, token].float()
+        best = picked == top[index]
+        if bool(best.any()):  # of equal logits the first token is the likeliest
+            best[best.clone()] = logits[index[best]].argmax(dim=-1) == token[best]
+        return (picked - normal[index]).double().cpu().numpy(), best.cpu().numpy()
 
 
 def normalisers(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row of `logits` [N, vocabulary]: log-sum-exp in float32, and the likeliest token (of equal ones the first)."""
+    """Per row of `logits` [N, vocabulary]: log-sum-exp and largest logit, in float32."""
     if not len(logits):
-        return logits.new_zeros(0, dtype=torch.float32), logits.new_zeros(0, dtype=torch.long)
+        return logits.new_zeros(0, dtype=torch.float32), logits.new_zeros(0, dtype=torch.float32)
     # a few rows at a time stay in the cache between the passes
     step = max(1, (1 << 20) // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    sums, likeliest = [], []
+    sums, tops = [], []
     for low in range(0, len(logits), step):
         part = logits[low : low + step].float()
-        top, first = part.max(dim=-1)
+        top = part.amax(dim=-1)
         # one fused kernel: the largest log-probability is the largest logit less the log-sum-exp
-        shares = torch.log_softmax(part, dim=-1)
-        sums.append(top - shares.gather(1, first[:, None])[:, 0])
-        likeliest.append(first)
-    return torch.cat(sums), torch.cat(likeliest)
+        sums.append(top - torch.log_softmax(part, dim=-1).amax(dim=-1))
+        tops.append(top)
+    return torch.cat(sums), torch.cat(tops)
 
 
 class PlainEngine:

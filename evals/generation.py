@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from shoal.evals.attention import Kept, Pass, Unsupported, attending
-from shoal.evals.engine import Work
+from shoal.evals.engine import Work, costs_of
 from shoal.evals.slots import Filling, Slots, Step
 from shoal.evals.tree import Prompts, prompts
 
 SLOTS = 32
+STEPS = 64  # that a prompt is thought to take at most, when it is laid out
 CACHE_BYTES = 1 << 30  # of the slots' keys and values
 
 
@@ -84,6 +85,7 @@ class Generator:
         self.budget = budget
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
+        self.costs = costs_of(model)
 
     def shrink(self) -> int:
         if self.slots <= 1:
@@ -95,7 +97,9 @@ class Generator:
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[list[int]]:
         """New tokens of every request, an end token included where one was made."""
-        laid = prompts([r.prompt for r in requests])
+        # a trunk is attended to once more in every step
+        steps = min(STEPS, max(r.most for r in requests))
+        laid = prompts([r.prompt for r in requests], replace(self.costs, call=self.costs.call * (1 + steps)))
         order = sorted(range(len(requests)), key=lambda i: (laid.row_of[i], i))
         queue = deque(order)
         results: list[list[int]] = [[] for _ in requests]

@@ -7,7 +7,7 @@ tree is cut into rows, and rows are packed into batches of one long stream each:
 - a *trunk* is a chain row that rows below it attend to as well, each of them to all of it; kept for later batches.
 
 So attention costs what the tree needs, and every other layer of the model sees one dense stream without padding. What
-is a row of its own and what is a trunk is decided by a cost in token pairs. Pure numpy; no model in here.
+is a row of its own and what is a trunk is decided by `Costs`. Pure numpy; no model in here.
 """
 
 from __future__ import annotations
@@ -20,12 +20,24 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
-# costs in token pairs of attention, measured with a 135M model on a CPU; only their order of magnitude matters
-CALL = 1500  # one more attention call
-JOIN = 20  # per token: joining the attention to a trunk with the row's own
-TOKEN = 400  # a token through all other layers
 SHORT = 32  # a row costs as if it were longer by this
 ROW = 512  # longest subtree in one row
+
+
+@dataclass(frozen=True)
+class Costs:
+    """In token pairs of attention, per layer; the defaults are a 135M model's on a CPU. Only their order of magnitude matters.
+
+    call: one more attention call. join: per token, the attention to a trunk joined with the row's own. token: a token
+    through everything but attention.
+    """
+
+    call: float = 1500.0
+    join: float = 20.0
+    token: float = 400.0
+
+
+USUAL = Costs()
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class _Node:
     parent: _Node | None = None
     split: bool = False
     cost: float = 0.0
+    copied: int = 0  # tokens of the subtree that are computed more than once
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,7 @@ class Layout:
     statistics: Statistics
 
 
-def layout(sequences: Sequence[Scored], budget: int, logits: int) -> Layout:
+def layout(sequences: Sequence[Scored], budget: int, logits: int, costs: Costs = USUAL) -> Layout:
     """Lay out `sequences`: at most `budget` tokens and `logits` scored positions per batch (a single row may be longer).
 
     Equal sequences and equal beginnings are computed once.
@@ -144,10 +157,10 @@ def layout(sequences: Sequence[Scored], budget: int, logits: int) -> Layout:
     rows: list[Row] = []
     order = sorted(roots, key=lambda root: -root.longest)
     for root in order:
-        _decide(root)
+        _decide(root, costs)
         _place(root, (), rows)
     targets = [_targets(rows, node, index, sequences[index]) for node, index in _ends(order)]
-    return _pack(sequences, rows, targets, budget, logits)
+    return _pack(sequences, rows, targets, budget, logits, costs)
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,7 @@ class Prompts:
 
     rows: tuple[Row, ...]
     row_of: tuple[int, ...]
+    costs: Costs = USUAL
 
     @property
     def trunks(self) -> frozenset[int]:
@@ -171,20 +185,22 @@ class Prompts:
         rows = np.asarray(group, dtype=np.int64)
         none = np.zeros(len(group), dtype=np.int64)
         known = {t: 1 if t in keep else 0 for r in group for t in (r, *self.rows[r].trunks)}
-        return _batch(self.rows, group, (rows, last, none, np.arange(len(group))), 0, known, forget=False)
+        return _batch(
+            self.rows, group, (rows, last, none, np.arange(len(group))), 0, known, self.costs, forget=False
+        )
 
 
-def prompts(sequences: Sequence[Sequence[int]]) -> Prompts:
+def prompts(sequences: Sequence[Sequence[int]], costs: Costs = USUAL) -> Prompts:
     """Lay prompts out for generation: what they share in trunks, what is a prompt's own in a row of its own."""
     scored = [Scored(tuple(s), ()) for s in sequences]
     rows: list[Row] = []
     row_of = [0] * len(scored)
     for root in sorted(_trees(scored), key=lambda root: -root.longest):
-        _decide(root, subtrees=False)
+        _decide(root, costs, subtrees=False)
         _place(root, (), rows)
         for node, index in _ends([root]):
             row_of[index] = node.row
-    return Prompts(tuple(rows), tuple(row_of))
+    return Prompts(tuple(rows), tuple(row_of), costs)
 
 
 def _trees(sequences: Sequence[Scored]) -> list[_Node]:
@@ -241,21 +257,26 @@ def _post_order(root: _Node) -> list[_Node]:
     return found[::-1]
 
 
-def _decide(root: _Node, subtrees: bool = True) -> None:
+def _decide(root: _Node, costs: Costs, subtrees: bool = True) -> None:
     """For every node: is its subtree one row, or is it a trunk with rows below; the cheaper one.
 
     subtrees: whether rows other than chains are wanted.
     """
     for node in _post_order(root):
+        _adopt(node)
         _measure(node)  # tokens may have moved below it
         own, below = len(node.tokens), node.size - len(node.tokens)
+        node.copied = sum(c.copied for c in node.children)
         if not node.children:
             node.cost = own * own / 2
             continue
-        whole = node.size**2 if subtrees and node.size <= ROW else float("inf")
+        whole = float("inf")
+        if subtrees and node.size <= ROW:
+            whole = node.size**2 + costs.token * node.copied
         under = sum(c.cost for c in node.children)
-        trunk = own * own / 2 + own * below + JOIN * below + CALL + under
-        again = TOKEN * own * (len(node.children) - 1) + own * below + under
+        trunk = own * own / 2 + own * below + costs.join * below + costs.call + under
+        more = own * (len(node.children) - 1)
+        again = costs.token * more + own * below + under
         if not node.ends and again < min(whole, trunk):
             # a short beginning is cheaper computed again below than attended to from everywhere
             for child in node.children:
@@ -264,9 +285,19 @@ def _decide(root: _Node, subtrees: bool = True) -> None:
                 _measure(child)
             node.tokens = node.tokens[:0]
             _measure(node)
-            node.split, node.cost = True, again
+            node.split, node.cost, node.copied = True, again, node.copied + more
         else:
             node.split, node.cost = trunk < whole, min(trunk, whole)
+
+
+def _adopt(node: _Node) -> None:
+    """Children of a child whose own tokens have moved below it become the node's."""
+    children = []
+    for child in node.children:
+        children += child.children if not len(child.tokens) else [child]
+    for child in children:
+        child.parent = node
+    node.children = children
 
 
 def _place(root: _Node, trunks: tuple[int, ...], rows: list[Row]) -> None:
@@ -340,6 +371,7 @@ def _pack(
     targets: Sequence[tuple[int, Ints, Ints]],
     budget: int,
     logits: int,
+    costs: Costs,
 ) -> Layout:
     where = np.concatenate([r for _, r, _ in targets]) if targets else np.zeros(0, dtype=np.int64)
     offset = np.concatenate([o for _, _, o in targets]) if targets else np.zeros(0, dtype=np.int64)
@@ -375,7 +407,7 @@ def _pack(
     for number, group in enumerate(groups):
         low, high = first[group[0]], first[group[-1] + 1]
         reads = (where[low:high], offset[low:high], token[low:high], owner[low:high])
-        batches.append(_batch(rows, group, reads, number, last))
+        batches.append(_batch(rows, group, reads, number, last, costs))
     statistics = Statistics(
         sequences=len(sequences),
         requested=sum(len(s.tokens) for s in sequences),
@@ -397,6 +429,7 @@ def _batch(
     reads: tuple[Ints, Ints, Ints, Ints],
     number: int,
     last: dict[int, int],
+    costs: Costs,
     forget: bool = True,
 ) -> Batch:
     lengths = np.array([len(rows[r].tokens) for r in group])
@@ -417,7 +450,7 @@ def _batch(
         )
         for trunk, (low, high) in sorted(spans.items())
     )
-    buckets, back = _buckets([rows[r] for r in group], starts)
+    buckets, back = _buckets([rows[r] for r in group], starts, costs)
     where, offset, token, owner = reads
     stream = np.array([place[int(r)] for r in where], dtype=np.int64) + offset
     wanted, index = np.unique(stream, return_inverse=True)
@@ -438,7 +471,7 @@ def _batch(
     )
 
 
-def _buckets(rows: Sequence[Row], starts: Ints) -> tuple[tuple[Bucket, ...], Ints]:
+def _buckets(rows: Sequence[Row], starts: Ints, costs: Costs) -> tuple[tuple[Bucket, ...], Ints]:
     """Rows of similar length together: padding costs at most a fifth, or little in all."""
     order = sorted(range(len(rows)), key=lambda i: (rows[i].chain, -len(rows[i].tokens)))
     groups: list[list[int]] = []
@@ -450,7 +483,7 @@ def _buckets(rows: Sequence[Row], starts: Ints) -> tuple[tuple[Bucket, ...], Int
         if (
             not groups
             or rows[groups[-1][0]].chain != rows[i].chain
-            or waste + gap > max(CALL, 0.25 * len(groups[-1]) * (longest + SHORT) ** 2)
+            or waste + gap > max(costs.call, 0.25 * len(groups[-1]) * (longest + SHORT) ** 2)
         ):
             groups.append([])
             waste = gap = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,23 @@ def test_dominated_with_confidence_is_told_apart_from_noise(copy: Path) -> None:
     assert len(rows) == len(entries) and {len(row) for row in rows} == {len(header)}
     assert next(row for row in rows if row[0] == bad)[-1] == f"no ({good})"
     assert [row[0] for row in front_rows(front)[1]] == [good]
+
+
+def test_a_disqualified_finalist_is_on_no_front(copy: Path) -> None:
+    set_scores(copy, "mean@3", 1.0)
+    with closing(Journal(copy / "journal.sqlite")) as journal:
+        journal.event("disqualified", candidate="mean@3", reason="it never ends")
+    for role in ("search", "select"):
+        front = pareto(copy, TASKS, role)
+        entry = next((e for e in front.entries if e.id == "mean@3"), None)
+        if entry is None:
+            continue
+        assert entry.disqualified == "it never ends" and not entry.front and not entry.possible
+        assert "mean@3" not in {e.dominated_by for e in front.entries}
+        assert front.members()
+        row = next(r for r in front_rows(front, everyone=True)[1] if r[0] == "mean@3")
+        assert row[-1] == "disqualified"
+        assert any("mean@3 is disqualified by what it writes: it never ends" in w for w in front_words(front))
 
 
 def test_the_same_journal_gives_the_same_front_and_is_left_as_it_was(run: Path) -> None:

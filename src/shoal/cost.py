@@ -6,11 +6,13 @@ machine, model and requests is in it. Seconds are estimates: other work on the m
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal import sanity
 from shoal.preflight import Prepared
 from shoal.sample import search_sample
 from shoal.search.ascent import MOST
@@ -58,7 +60,7 @@ class Estimate:
             ),
             (
                 "run",
-                f"about {_seconds(self.seconds)} of scoring in all, anchors, selection and test included",
+                f"about {_seconds(self.seconds)} of scoring in all, anchors, finalists, test and sanity guard included",
             ),
             *(("note", note) for note in self.notes),
         ]
@@ -121,6 +123,9 @@ def estimate(prepared: Prepared, device: str) -> Estimate:
         + (baselines + 2) * roles["select"].seconds
         + (baselines + 1) * roles["test"].seconds
     )
+    # finalists and parents write to the prompts of the sanity guard, at most to their last token
+    writers = baselines + 2
+    seconds += writers * len(sanity.PROMPTS) * sanity.MAX_TOKENS / _writing_rate(lm)
     if lock.search.start == "gradient":
         seconds += MOST * lock.search.start_items / lock.search.items * candidate.seconds
     return Estimate(candidate, roles, seconds, share, lm.engine_words(), tuple(lm.told()))
@@ -189,6 +194,19 @@ def _decoding_rate(lm: Any, prompts: list[Any]) -> float:
     start = time.perf_counter()
     lm.generate_until(short, disable_tqdm=True)
     return float(len(short) * GENERATED / (time.perf_counter() - start))
+
+
+def _writing_rate(lm: Any) -> float:
+    """Tokens per second of writing to the sanity guard's prompts; without end for a model that does not generate."""
+    from shoal.evals.writing import Writer
+
+    writer = Writer(lm)
+    if not writer.able:
+        return math.inf
+    writer.write(sanity.PROMPTS, GENERATED)
+    start = time.perf_counter()
+    made = writer.write(sanity.PROMPTS, GENERATED)
+    return sum(len(one.tokens) + one.ended for one in made) / (time.perf_counter() - start)
 
 
 def _flops(value: float) -> str:

@@ -38,6 +38,8 @@ def front_rows(front: Front, everyone: bool = False) -> tuple[list[str], list[li
             cells.append(f"{scale * place.score:.{1 if scale > 1 else 3}f}")
             cells.append("anchor" if entry.id == front.anchor else _interval(place, scale))
         standing = "yes" if entry.front else "possible" if entry.possible else f"no ({entry.dominated_by})"
+        if entry.disqualified is not None:
+            standing = "disqualified"
         counts = sorted({entry.places[task].items for task in front.tasks})
         rows.append([*cells, " / ".join(map(str, counts)), standing])
     return header, rows
@@ -52,7 +54,8 @@ def _interval(place: Place, scale: float) -> str:
 def front_words(front: Front) -> list[str]:
     """The lines under the table."""
     members, possible = front.members(), front.possible()
-    sure = len(front.entries) - len(possible)
+    turned_away = [entry for entry in front.entries if entry.disqualified is not None]
+    sure = len(front.entries) - len(possible) - len(turned_away)
     counts = (
         f"{len(members)} of {len(front.entries)} candidates are on the front by their scores; by their 95% intervals"
         f" {len(possible)} could be, and {sure} cannot"
@@ -69,6 +72,8 @@ def front_words(front: Front) -> list[str]:
         )
     if front.role == "test":
         lines.append("a choice by test scores uses the test items up: it needs others for its claim")
+    for entry in turned_away:
+        lines.append(f"{entry.id} is disqualified by what it writes: {entry.disqualified}")
     if front.failed:
         lines.append(f"{front.failed} failed candidates are left out")
     lines.append(f"a model of one: shoal merge {front.run} --candidate ID -o DIR")
@@ -90,7 +95,11 @@ def write_plot(front: Front, path: Path) -> Path:
         return [factor[task] * entry.places[task].score for entry in entries]
 
     groups = (
-        ("dominated for sure", "#c3cad3", [e for e in front.entries if not e.possible]),
+        (
+            "dominated for sure, or disqualified",
+            "#c3cad3",
+            [e for e in front.entries if not e.possible],
+        ),
         ("could be on the front", "#7a8ca0", [e for e in front.entries if e.possible and not e.front]),
     )
     for label, colour, entries in groups:

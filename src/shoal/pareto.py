@@ -9,7 +9,7 @@ stricter than a paired test of the two. The others could be on the front: their 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class Place:
 class Entry:
     """One candidate. front: nobody dominates it by the scores; possible: nobody does with confidence.
 
-    dominated_by: who does, with confidence.
+    dominated_by: who does, with confidence. disqualified: why the run's sanity guard turned it away; it is not on the
+    front then and dominates nobody.
     """
 
     id: str
@@ -60,6 +61,7 @@ class Entry:
     front: bool = False
     possible: bool = False
     dominated_by: str | None = None
+    disqualified: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,15 @@ def _front(run: Path, lock: Lock, journal: Journal, tasks: tuple[str, ...], role
             f"{run}: no candidate was scored on {role} items, only parents and the uniform merge{end}"
         )
     table = _Table(lock, journal, role, rows, tasks)
+    reasons = {event["candidate"]: event["reason"] for event in journal.events("disqualified")}
+    # the merge of a finalist may stand in the table under the name it was bred with
+    unfit = {row.plan_digest: reasons[row.id] for row in journal.candidates() if row.id in reasons}
     entries = []
     for row in rows:
         places = {task: table.place(row, task) for task in tasks}
-        entries.append(Entry(row.id, row.kind, row.generation, places))
+        entries.append(
+            Entry(row.id, row.kind, row.generation, places, disqualified=unfit.get(row.plan_digest))
+        )
     failed = {e.candidate for e in journal.evaluations() if e.role == role and e.status == "failed"}
     return Front(
         run=str(run),
@@ -291,13 +298,14 @@ class _Table:
 
 def _judged(entries: Sequence[Entry], tasks: Sequence[str]) -> list[Entry]:
     """The entries with their standing."""
+    fit = [entry for entry in entries if entry.disqualified is None]
     gains, lows, highs = (
-        np.array([[getattr(entry.places[task], what) for task in tasks] for entry in entries])
+        np.array([[getattr(entry.places[task], what) for task in tasks] for entry in fit])
         for what in ("gain", "low", "high")
     )
     on_front = non_dominated(gains)
-    judged = []
-    for index, entry in enumerate(entries):
+    judged = [entry for entry in entries if entry.disqualified is not None]
+    for index, entry in enumerate(fit):
         above = (lows > highs[index]).all(axis=1)
         # of those who dominate it with confidence, the one with the most room on its worst task
         by = (
@@ -307,14 +315,11 @@ def _judged(entries: Sequence[Entry], tasks: Sequence[str]) -> list[Entry]:
         )
         front = bool(on_front[index])
         judged.append(
-            Entry(
-                entry.id,
-                entry.kind,
-                entry.generation,
-                entry.places,
+            replace(
+                entry,
                 front=front,
                 possible=front or by is None,
-                dominated_by=None if front or by is None else entries[by].id,
+                dominated_by=None if front or by is None else fit[by].id,
             )
         )
     return judged

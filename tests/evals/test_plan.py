@@ -74,7 +74,8 @@ def test_what_a_candidate_costs(pico: Any) -> None:
     before = lm.work.tokens
     lm.loglikelihood([i for i in instances(tasks) if i.request_type == "loglikelihood"])
     assert found.tokens == lm.work.tokens - before
-    assert found.shared > found.tokens  # two shots and options are shared
+    # two shots and options are shared; what is short is cheaper computed again in so small a model
+    assert found.shared > found.tokens // 2
     assert found.generated > 0
     assert cost(lm, tasks, items, generate=False).generated == 0
     plain = cost(model(pico, engine="plain"), tasks, items)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ METRICS = {"tiny_reverse": "exact_match", "tiny_sort": "acc", "tiny_choice": "ac
 SEED = 20240613
 
 
-def items() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Per task and split its items; no string occurs twice, in any task or split."""
-    rng = np.random.default_rng(SEED)
+def items(seed: int = SEED, splits: Mapping[str, int] = SPLITS) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Per task and split its items; no string occurs twice, in any task or split.
+
+    seed: another one than the zoo's gives other items of the same kind. splits: items of each split.
+    """
+    rng = np.random.default_rng(seed)
     seen: set[str] = set()
     made: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for task in METRICS:
         made[task] = {}
-        for split, count in SPLITS.items():
+        for split, count in splits.items():
             rows: list[dict[str, Any]] = []
             made[task][split] = rows
             while len(rows) < count:
@@ -63,17 +67,19 @@ def prompt(skill: Skill, string: str) -> str:
     return f"{skill[0]}:{string}>"
 
 
-def write_tasks(folder: Path, address: Path | None = None) -> None:
+def write_tasks(
+    folder: Path, address: Path | None = None, seed: int = SEED, splits: Mapping[str, int] = SPLITS
+) -> None:
     """Write YAMLs and items to `folder`; the YAMLs name the items by their absolute place under `address`.
 
-    address: where the folder will be in the end, `folder` itself by default.
+    address: where the folder will be in the end, `folder` itself by default. seed, splits: as in `items`.
     """
     import yaml
 
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
-    for task, splits in items().items():
-        for split, rows in splits.items():
+    for task, made in items(seed, splits).items():
+        for split, rows in made.items():
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (data / f"{task}-{split}.jsonl").write_text(text, encoding="utf-8")
         config = _config(task, (address or folder).absolute() / "data")
