@@ -1,23 +1,90 @@
-"""Execute every notebook in this folder and save it with its outputs: `python notebooks/execute.py`."""
+"""Execute every notebook in this folder and save it with its outputs: `python notebooks/execute.py`.
+
+02 and 03 need a published recipe and a finished run. Both are made here first: a short run of the tiny zoo, whose models
+are on a Hub, published to that Hub. It is the local Hub of tests/hub, so nothing is fetched or sent. Readers name a
+repository and a run of their own, by the same variables: SHOAL_REPO and SHOAL_RUN.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 
+HERE = Path(__file__).parent
+USER, TOKEN = "example", "hf_aTokenOfTheLocalHub"
+REPO = f"{USER}/quickstart"
+BUDGET = 55
+# in a process of its own, for huggingface_hub reads its variables once
+PUBLISH = "import sys, shoal; _, recipe, run, repo = sys.argv; shoal.evolve(recipe, run, device='cpu'); shoal.publish(run, repo)"
 
-def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
+
+@contextmanager
+def published(folder: Path) -> Iterator[dict[str, str]]:
+    """The variables of a reader with an empty cache and no token, for whom REPO is on the Hub.
+
+    folder: for the run, in `run`, and the caches of publisher and reader.
+    """
+    tests = str(HERE.parent / "tests")
+    if tests not in sys.path:
+        sys.path.insert(0, tests)
+    from hub.local_hub import LocalHub
+
+    from shoal import zoo
+
+    with LocalHub() as hub:
+        hub.add_user(USER, TOKEN)
+        card = f"---\nlicense: {zoo.licence('tiny')}\nlanguage: en\n---\n# A model of shoal's tiny zoo\n"
+        for member in zoo.names("tiny"):
+            files = {path.name: path.read_bytes() for path in zoo.member_path("tiny", member).iterdir()}
+            hub.add_repo(f"{USER}/tiny-{member}", files | {"README.md": card.encode()})
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(_recipe(), encoding="utf-8")
+        subprocess.run(
+            [sys.executable, "-c", PUBLISH, str(folder / "recipe.yaml"), str(folder / "run"), REPO],
+            env=os.environ | hub.environment(folder / "publisher", TOKEN),
+            check=True,
+        )
+        yield hub.environment(folder / "reader") | {"SHOAL_REPO": REPO, "SHOAL_RUN": str(folder / "run")}
+
+
+def _recipe() -> str:
+    """The quickstart with fewer candidates, its models on the Hub."""
+    import shoal
+
+    recipe = shoal.load_recipe(HERE.parent / "recipes" / "quickstart.yaml")
+
+    def there(name: str) -> str:
+        return name.replace("zoo:tiny/", f"{USER}/tiny-")
+
+    changes = {
+        "base_model": there(recipe.base_model or ""),
+        "models": tuple(map(there, recipe.models)),
+        "search": recipe.search.model_copy(update={"budget": BUDGET}),
+    }
+    return recipe.model_copy(update=changes).to_yaml()
+
+
+def execute(path: Path, folder: Path, variables: Mapping[str, str]) -> nbformat.NotebookNode:
     """Run a notebook in `folder`; returns it with outputs. An exception in a cell is raised here."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(
-        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    ).execute()
+    client = NotebookClient(
+        notebook,
+        timeout=900,
+        kernel_name="python3",
+        coalesce_streams=True,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute(env=os.environ | variables)
     return notebook
 
 
@@ -29,17 +96,28 @@ def scrub(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
             for output in cell.outputs:
                 if "text" in output:
-                    output.text = re.sub(r"/(?:[\w.-]+/)+", "", output.text)
+                    output.text = _scrubbed(output.text)
+                for kind, text in output.get("data", {}).items():
+                    if kind.startswith("text/"):
+                        output.data[kind] = _scrubbed(text)
     notebook.metadata.pop("language_info", None)
     return notebook
 
 
+def _scrubbed(text: str) -> str:
+    text = re.sub(r'(<td [^>]*class="shoal-time">)[^<]*', r"\1", text)
+    text = re.sub(r"  \[[^\]]* s(?: left)?\]$", "", text, flags=re.MULTILINE)
+    return re.sub(r"(?<![\w<:/])/(?:[\w.-]+/)+", "", text)
+
+
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for path in sorted(Path(__file__).parent.glob("*.ipynb")):
-        with tempfile.TemporaryDirectory() as folder:
-            nbformat.write(scrub(execute(path, Path(folder))), path)
-        print(f"{path.name}: executed", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as place, published(Path(place) / "hub") as variables:
+        for path in sorted(HERE.glob("*.ipynb")):
+            folder = Path(place) / path.stem
+            folder.mkdir()
+            nbformat.write(scrub(execute(path, folder, variables)), path)
+            print(f"{path.name}: executed", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,17 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Pico:
     write_models(folder, layers=4)
     write_tasks(folder / "tasks")
     return Pico(folder)
+
+
+@pytest.fixture(scope="module")
+def zoo_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache for what shoal builds, unless the caller names one: the zoo is built once for all workers of this run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "SHOAL_CACHE" not in os.environ:
+            base = tmp_path_factory.getbasetemp()
+            shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+            patch.setenv("SHOAL_CACHE", str(shared / "cache"))
+        yield
 
 
 def write_models(folder: Path, layers: int = 3) -> None:

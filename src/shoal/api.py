@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import RecipeError, RunError
+from shoal.finished import Run, load_run
 from shoal.folder import RunFolder
 from shoal.hub.download import Downloaded, download
+from shoal.hub.lineage import openings_before
 from shoal.hub.publish import dry_run, publish
 from shoal.hub.reproduce import Reproduction, reproduce
-from shoal.hub.start import published_start
-from shoal.lock import Lock
+from shoal.hub.roots import merges_of
+from shoal.hub.start import followed, published_parent, published_start
 from shoal.merge_run import write_candidate
-from shoal.output import read_plan
+from shoal.notebook import watching
 from shoal.page import Live
 from shoal.recipe import Recipe, load_recipe
-from shoal.report import load_result, write_plots
+from shoal.report import write_plots
 from shoal.run import evolve as evolve_run
 from shoal.score import score_model as score
-from shoal.stages.observer import Observer, Silent
-from shoal.types import MergePlan
+from shoal.stages.observer import Observer
+from shoal.tracking import Tracking, chosen
 
 __all__ = [
     "Downloaded",
@@ -37,28 +39,6 @@ __all__ = [
     "reproduce",
     "score",
 ]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run. result: content of result.json; winner: the chosen merge."""
-
-    folder: Path
-    recipe: Recipe
-    lock: Lock
-    result: dict[str, Any]
-    winner: MergePlan
-
-
-def load_run(run: str | Path) -> Run:
-    """What a finished run found.
-
-    Raises:
-        RunError: no run, or not finished.
-    """
-    folder = RunFolder(Path(run))
-    recipe, lock = folder.open()
-    return Run(folder.path, recipe, lock, load_result(folder.path), read_plan(folder.best))
 
 
 def merge(
@@ -94,11 +74,14 @@ def evolve(
     run: str | Path | None = None,
     *,
     start_from: str | None = None,
+    parent_from: str | None = None,
     device: str = "auto",
     memory: str = "auto",
     memory_limit: int | None = None,
     reopen_test: bool = False,
     save_weights: bool = False,
+    track: str | Sequence[str] | None = None,
+    quiet: bool = False,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
     """Start or continue the run of a recipe; returns the content of RUN/result.json, plots are in RUN.
@@ -106,35 +89,48 @@ def evolve(
     RUN/report.html is written while the run goes on and at its end.
 
     recipe: a file, or a loaded recipe (its relative paths are then relative to the working directory).
-    start_from: a published repository (`org/name`, `org/name@revision`) whose winner the search starts from; recipe may
-    then be None for the published one.
+    start_from: a published repository (`org/name`, `org/name@revision`) whose winner the search starts from.
+    parent_from: one whose winner becomes one more parent, rebuilt from its roots in float32 (`merge:org/name` in a
+    recipe). With either, recipe may be None for the published one.
     run: the run's folder, default `runs/NAME`. device: auto, cpu, cuda or cuda:N.
     memory: where the parents are kept: device, host (streamed to the device), disk, or auto (by size).
     memory_limit: bytes of device memory to stay under.
     reopen_test: allow a larger budget after the test items were opened; the claim says how often they were.
+    track: where the run is sent as well: tensorboard, trackio or wandb, one or several, instead of what the recipe says;
+    `none` or () for nowhere. What an earlier call did not send there is sent now.
+    observer: what hears of the run's progress; by default bars in a notebook, unless `quiet`, and nothing elsewhere.
 
     Raises:
         ShoalError: one clear message; everything that was finished is kept in the run folder.
     """
     folder = Path(recipe).parent if isinstance(recipe, (str, Path)) else Path()
     given = load_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
-    if start_from is not None:
-        given = published_start(start_from, given, (observer or Silent()).say)
-    if given is None:
-        raise RecipeError("no recipe: name a recipe file, or a published repository to go on from")
-    loaded = given
-    where = Path("runs") / loaded.name if run is None else Path(run)
-    with Live(where, observer or Silent()) as seen:
-        result = evolve_run(
-            loaded,
-            where,
-            base_folder=folder,
-            device=device,
-            memory=memory,
-            memory_limit=memory_limit,
-            reopen_test=reopen_test,
-            save_weights=save_weights,
-            observer=seen,
-        )
+    # a published recipe does not say where those who go on from it send their runs
+    trackers = chosen(track, () if given is None else given.track)
+    with watching(observer, quiet) as watched:
+        named = run if run is not None or given is None else Path("runs") / given.name
+        place = None if named is None else Path(named)
+        for follow, repo in ((published_start, start_from), (published_parent, parent_from)):
+            if repo is not None:
+                given = followed(follow, repo, given, place, watched.say)
+        if given is None:
+            raise RecipeError("no recipe: name a recipe file, or a published repository to go on from")
+        loaded = given
+        where = place or Path("runs") / loaded.name
+        merges = {} if RunFolder(where).started else merges_of(loaded, folder, watched.say)
+        with Live(where, watched) as live, Tracking(where, trackers, live) as seen:
+            result = evolve_run(
+                loaded,
+                where,
+                base_folder=folder,
+                device=device,
+                memory=memory,
+                memory_limit=memory_limit,
+                reopen_test=reopen_test,
+                save_weights=save_weights,
+                observer=seen,
+                merges=merges,
+                openings=openings_before,
+            )
     write_plots(where)
     return result

@@ -15,7 +15,7 @@ from typing import Any
 
 from shoal.endpoint import Say, client_errors, offline, open_api, page, reason, retried, speaking
 from shoal.errors import CheckpointError
-from shoal.types import AdapterModel, HubModel, ModelRef
+from shoal.types import HubModel, ModelRef, parts_of
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 WEIGHTS = ("*.safetensors",)
@@ -63,7 +63,7 @@ def look_up(refs: Sequence[ModelRef], say: Say) -> tuple[Availability, ...]:
     with speaking(say):
         api = open_api()
         found = tuple(_ask(api, ref, say) for ref in wanted)
-    missing, free, place = sum(one.missing for one in found), free_bytes(), cache_place()
+    missing, free, place = missing_bytes(found), free_bytes(), cache_place()
     if missing > free:
         raise CheckpointError(
             f"models: {size_words(missing)} are to be fetched into {place}, but only {size_words(free)} are free there;"
@@ -75,7 +75,7 @@ def look_up(refs: Sequence[ModelRef], say: Say) -> tuple[Availability, ...]:
 def rows(found: Sequence[Availability]) -> list[tuple[str, str]]:
     """(topic, sentence) rows for `shoal validate`."""
     told = [("Hub" if index == 0 else "", one.words()) for index, one in enumerate(found)]
-    missing = sum(one.missing for one in found)
+    missing = missing_bytes(found)
     if missing:
         told.append(
             (
@@ -84,6 +84,11 @@ def rows(found: Sequence[Availability]) -> list[tuple[str, str]]:
             )
         )
     return told
+
+
+def missing_bytes(found: Sequence[Availability]) -> int:
+    """To fetch for all of them; a commit that is named twice is fetched once."""
+    return sum({(one.ref.repo, one.commit): one.missing for one in found}.values())
 
 
 def cache_place() -> Path:
@@ -109,10 +114,9 @@ def size_words(size: int) -> str:
 
 
 def _hub_models(refs: Iterable[ModelRef]) -> Iterable[HubModel]:
+    """Without merges of ours: what they need is their roots."""
     for ref in refs:
-        for one in (ref.base, ref.adapter) if isinstance(ref, AdapterModel) else (ref,):
-            if isinstance(one, HubModel):
-                yield one
+        yield from (one for one in parts_of(ref) if isinstance(one, HubModel))
 
 
 def _ask(api: Any, ref: HubModel, say: Say) -> Availability:

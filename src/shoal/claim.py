@@ -181,7 +181,16 @@ def make_result(
         "name": recipe.name,
         "verdict": found,
         "claim": claim_words(
-            found, winner, evidence.overall, recipe.claim.margin, n, guards, openings, lock, tuple(unfit)
+            found,
+            winner,
+            evidence.overall,
+            recipe.claim.margin,
+            n,
+            guards,
+            openings,
+            lock,
+            tuple(unfit),
+            len(lock.inherited),
         ),
         "winner": {
             "id": winner,
@@ -209,6 +218,7 @@ def make_result(
         "detectable_difference": detectable,
         "test_items": n,
         "test_openings": openings,
+        "inherited_openings": len(lock.inherited),
         "searched_on_eval_split": [task.task for task in lock.tasks if task.search_on_eval_split],
         "finalists": [
             {"id": row.candidate, "select_score": board.overall(row.candidate, "select")}
@@ -307,8 +317,12 @@ def claim_words(
     openings: int,
     lock: Lock,
     unfit: Sequence[str] = (),
+    inherited: int = 0,
 ) -> str:
-    """The verdict in words that say no more than the intervals do. unfit: finalists that were disqualified."""
+    """The verdict in words that say no more than the intervals do.
+
+    unfit: finalists that were disqualified. openings: of the test items by this run; inherited: by its ancestors before.
+    """
     closest = min(overall.values(), key=lambda c: c.low)
     worst = min(overall.values(), key=lambda c: c.high)
     failed = [g for g in guards if not g.holds]
@@ -351,8 +365,10 @@ def claim_words(
     split = [task.task for task in lock.tasks if task.search_on_eval_split]
     if split:
         text += f"; items of the evaluation split of {', '.join(split)} were used in the search (others than the tested ones)"
-    if openings > 1:
-        text += f"; the test items were opened {openings} times"
+    if openings + inherited > 1:
+        text += f"; the test items were opened {openings + inherited} times"
+    if inherited:
+        text += f", {inherited} of them by runs that this one descends from"
     return text
 
 

@@ -52,6 +52,15 @@ ReopenOption = Annotated[
     bool,
     typer.Option("--reopen-test", help="Search on with a larger budget after the test items were opened."),
 ]
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="NAME",
+        help="Also send the run to tensorboard, trackio or wandb, instead of what the recipe says; may be repeated; none:"
+        " nowhere.",
+    ),
+]
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
@@ -115,15 +124,32 @@ def evolve(
         str | None,
         typer.Option("--from", help="Go on from the winner of a published repository, org/name[@revision]."),
     ] = None,
+    taken_as: Annotated[
+        str,
+        typer.Option(
+            "--as",
+            metavar="start|parent",
+            help="What --from is: the start of the search, or one more parent, rebuilt in float32.",
+        ),
+    ] = "start",
     device: DeviceOption = "auto",
     memory: MemoryOption = "auto",
     memory_limit: LimitOption = None,
     reopen_test: ReopenOption = False,
     save_weights: SaveOption = False,
+    track: TrackOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Start the run of a recipe, or continue it where it stopped."""
-    _evolve(recipe, run, device, reopen_test, save_weights, quiet, memory, _bytes(memory_limit), start_from)
+    if taken_as not in ("start", "parent"):
+        raise RunError(f"--as: expected start or parent, found {taken_as!r}")
+    if taken_as == "parent" and start_from is None:
+        raise RunError("--as parent: name the published repository that is the parent by --from")
+    followed = {"start_from" if taken_as == "start" else "parent_from": start_from}
+    limit = _bytes(memory_limit)
+    _evolve(
+        recipe, run, device, reopen_test, save_weights, quiet, memory, limit, **followed, track=track or None
+    )
 
 
 @app.command()
@@ -139,15 +165,20 @@ def validate(
 ) -> None:
     """Check a recipe, and say what its run would do, what it costs, and what its test items can show."""
     from shoal.cost import estimate as estimate_cost
+    from shoal.hub.lineage import openings_before
+    from shoal.hub.roots import merges_of
     from shoal.outlook import describe
     from shoal.preflight import prepare
     from shoal.recipe import load_recipe
-    from shoal.run import warmed
+    from shoal.run import inheriting, placed, warmed
     from shoal.worker import resolve_device
 
     console = _console()
-    prepared = warmed(
-        prepare(load_recipe(recipe), recipe.parent, lambda text: None, outlines=True), recipe.parent
+    loaded, folder = load_recipe(recipe), recipe.parent
+    merges = merges_of(loaded, folder)
+    prepared = warmed(prepare(loaded, folder, outlines=True, merges=merges), folder)
+    prepared = inheriting(
+        prepared, openings_before(placed(loaded, folder), prepared.lock, Path("runs") / loaded.name)
     )
     rows = describe(prepared, resolve_device(device), memory, _bytes(memory_limit))
     if estimate:
@@ -545,13 +576,15 @@ def _evolve(
     memory: str = "auto",
     memory_limit: int | None = None,
     start_from: str | None = None,
+    parent_from: str | None = None,
+    track: list[str] | None = None,
 ) -> None:
     from shoal.api import evolve as evolve_run
     from shoal.progress import observer
     from shoal.recipe import load_recipe
     from shoal.report import PLOTS, result_table, result_words, verdict_style
 
-    if recipe_path is None and start_from is None:
+    if recipe_path is None and start_from is None is parent_from:
         raise RunError("name a recipe file, or a published repository by --from")
     if recipe_path is None and run is None:
         raise RunError("--from without a recipe: name the new run's folder by --run")
@@ -562,11 +595,13 @@ def _evolve(
             recipe_path,
             run,
             start_from=start_from,
+            parent_from=parent_from,
             device=device,
             memory=memory,
             memory_limit=memory_limit,
             reopen_test=reopen_test,
             save_weights=save_weights,
+            track=track,
             observer=seen,
         )
     plots = [name for name in PLOTS if (run / name).is_file()]

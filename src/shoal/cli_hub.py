@@ -168,8 +168,11 @@ def _print(found: Reproduction, scored: bool) -> None:
     wrong = [check.what for check in found.checks if not check.agrees]
     if wrong:
         words = f"not reproduced: {', '.join(wrong)}"
-    else:
+    elif found.rebuilt:
         words = "reproduced: weights and scores agree" if scored else "reproduced: the weights agree"
+    else:
+        words = "the published weights are those of the lock"
+        words += " and their scores agree; they were not rebuilt" if scored else "; they were not rebuilt"
     console.print(words, markup=False, highlight=False, soft_wrap=True)
     if not wrong and not scored:
         console.print("its scores: --score", markup=False, highlight=False)

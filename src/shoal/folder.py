@@ -84,10 +84,13 @@ class RunFolder:
     def check_same(self, recipe: Recipe) -> tuple[int, int] | None:
         """Whether `recipe` may continue this run: None if it is the same, (old, new) budget if that alone grew.
 
+        Where it is tracked makes no difference.
+
         Raises:
             RunError: it differs in anything else, with the difference; or its budget is smaller.
         """
         old = load_recipe(self.recipe)
+        recipe = recipe.model_copy(update={"track": old.track})
         if old.digest() != recipe.digest():
             lines = difflib.unified_diff(
                 old.to_yaml().splitlines(),

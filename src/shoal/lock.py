@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from shoal.errors import RunError
 from shoal.recipe import Dtype, Recipe, Strict
+from shoal.types import MergePlan
 from shoal.version import __version__
 
 SCHEMA_VERSION = 2
@@ -36,6 +37,7 @@ LIBRARIES = (
 
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Numbers = Annotated[tuple[int, ...], Field(strict=False)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class ModelLock(Strict):
@@ -43,6 +45,7 @@ class ModelLock(Strict):
 
     commit: of the Hub repository, None elsewhere. adapter: folder of the LoRA adapter, None without one.
     origin: of a zoo's model, what its manifest says: the source (hub or gguf), package or commit, hash of the weights.
+    merge: of a merge of ours, how it is rebuilt; commit is then of its publication, files are of the float32 copy.
     """
 
     name: str
@@ -53,6 +56,58 @@ class ModelLock(Strict):
     adapter_commit: str | None = None
     origin: dict[str, str]
     files: dict[str, str]
+    merge: MergeLock | None = None
+
+
+class MergeLock(Strict):
+    """A merge of ours that is a parent: all that is needed to rebuild it in float32.
+
+    name: of its run. dtype, weights_sha256: as it was written or published. plan: MergePlan.to_json of its winner.
+    roots: its own models, Hub ids at their commits, hashes of their files; tokenizer: which of them gives it.
+    float32_sha256: weights_sha256 of the float32 copy, None before there was one.
+    """
+
+    name: str
+    dtype: Dtype
+    weights_sha256: Sha256
+    float32_sha256: Sha256 | None = None
+    tokenizer: int
+    chat_template: str | None = None
+    roots: Annotated[tuple[ModelLock, ...], Field(strict=False, min_length=1)]
+    plan_digest: Sha256
+    plan: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MergeLock:
+        names = tuple(model.name for model in self.roots)
+        try:
+            plan = self.merge_plan()
+            inside = all(0 <= i < len(names) for i in (self.tokenizer, plan.base or 0))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"merge {self.name}: plan: not a merge plan: {error!r}") from None
+        if plan.digest() != self.plan_digest:
+            raise ValueError(f"merge {self.name}: the plan is not the one that plan_digest names")
+        if plan.models != names or plan.dtype != self.dtype or not inside:
+            raise ValueError(f"merge {self.name}: the plan does not belong to the roots {', '.join(names)}")
+        return self
+
+    def merge_plan(self) -> MergePlan:
+        return MergePlan.from_json(self.plan)
+
+    def generations(self) -> int:
+        """How many merges deep its roots go: 1 where none of them is a merge."""
+        return 1 + max(root.merge.generations() if root.merge else 0 for root in self.roots)
+
+
+ModelLock.model_rebuild()
+
+
+class Opening(Strict):
+    """One opening of the test items: of which run (by name), for which winner, after how many generations."""
+
+    run: str
+    winner: str
+    generations: int
 
 
 class RoleLock(Strict):
@@ -129,7 +184,10 @@ class StageLock(Strict):
 
 
 class Lock(Strict):
-    """Everything that a run depends on. stages: the finer spaces of a search that grows, in order."""
+    """Everything that a run depends on. stages: the finer spaces of a search that grows, in order.
+
+    inherited: openings of its test items by runs that it descends from, before it began.
+    """
 
     schema_version: Literal[2] = 2
     shoal: str
@@ -150,6 +208,7 @@ class Lock(Strict):
     seeds: Seeds
     include_path: str | None
     tasks: Annotated[tuple[TaskLock, ...], Field(strict=False)]
+    inherited: Annotated[tuple[Opening, ...], Field(strict=False)] = ()
 
     def task(self, name: str) -> TaskLock:
         return next(task for task in self.tasks if task.task == name)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 from shoal.availability import rows as availability_rows
+from shoal.availability import size_words
 from shoal.lock import Lock
 from shoal.models import open_parents
 from shoal.preflight import Prepared
+from shoal.rebuilt import copies_folder, free_here, is_rebuilt, weight_bytes
 from shoal.recipe import Recipe
 from shoal.sample import search_sample
 from shoal.search.ascent import MOST
@@ -29,6 +32,7 @@ def describe(
         kind = "base" if index == lock.base else "source"
         rows.append((kind, f"{model.name} ({model.ref})" if model.name != model.ref else model.name))
     rows += availability_rows(prepared.available)
+    rows += _rebuilt(lock)
     rows.append(
         (
             "method",
@@ -111,6 +115,23 @@ def describe(
         )
     )
     rows += [("note", note) for note in prepared.notes]
+    return rows
+
+
+def _rebuilt(lock: Lock) -> list[tuple[str, str]]:
+    """What is made before the run begins: float32 copies of merges of ours."""
+    rows = []
+    for model in lock.models:
+        if model.merge is None:
+            continue
+        folder = Path(model.folder)
+        size, roots = size_words(weight_bytes(folder)), ", ".join(root.ref for root in model.merge.roots)
+        if is_rebuilt(folder):
+            where = f"the copy of {size} is in {copies_folder()}"
+        else:
+            where = f"{size} into {copies_folder()}, where {size_words(free_here())} are free"
+        commit = f" at commit {model.commit[:12]}" if model.commit else ""
+        rows.append(("rebuilt", f"{model.name}{commit} in float32 from its roots {roots}: {where}"))
     return rows
 
 

@@ -29,11 +29,15 @@ def winner_sha256(lock: Lock, plan: MergePlan) -> str:
 
 
 def mergekit_references(lock: Lock) -> Sequence[str]:
-    """Each model as mergekit names it: Hub ids with their commit, else the folder; `+adapter` for LoRA."""
+    """Each model as mergekit names it: Hub ids with their commit, else the folder; `+adapter` for LoRA.
+
+    A merge of ours is its float32 copy in the cache.
+    """
     references = []
     for model in lock.models:
         base, _, adapter = model.ref.partition("+")
-        text = f"{base.partition('@')[0]}@{model.commit}" if model.commit else model.folder
+        on_hub = model.commit is not None and model.merge is None
+        text = f"{base.partition('@')[0]}@{model.commit}" if on_hub else model.folder
         if model.adapter is not None:
             text += (
                 f"+{adapter.partition('@')[0]}@{model.adapter_commit}"

@@ -22,7 +22,17 @@ from shoal.evals.catalogue import Catalogue
 from shoal.lock import Lock, ModelLock, SearchLock, Seeds, TaskLock, new_lock
 from shoal.merge.linearity import check_linear
 from shoal.merge.methods import Method, method
-from shoal.models import ResolvedModel, check_files, open_parents, resolve_models, zoo_progress
+from shoal.models import (
+    NO_MERGES,
+    Merges,
+    ResolvedModel,
+    check_files,
+    open_parents,
+    rebuilt_here,
+    resolve_models,
+    root_refs,
+    zoo_progress,
+)
 from shoal.recipe import Recipe, parse_model
 from shoal.roles import lock_tasks, single_tasks
 from shoal.search.optimizer import OPTIMIZERS, default_popsize, default_sigma0
@@ -97,11 +107,18 @@ class Prepared:
         return plans
 
 
-def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None, outlines: bool = False) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    say: Say = lambda text: None,
+    outlines: bool = False,
+    merges: Merges = NO_MERGES,
+) -> Prepared:
     """Resolve and check a recipe whose relative paths are relative to `folder`.
 
     outlines: weights on the Hub that are not in the cache are not fetched, only their headers; enough to say what a run
-    would do and cost, not to run it: the lock lacks their hashes.
+    would do and cost, not to run it: the lock lacks their hashes. merges: how the merges of ours among its models were
+    made (`shoal.hub.roots`).
 
     Raises:
         RecipeError, CheckpointError, EvaluationError: one clear message each.
@@ -111,17 +128,17 @@ def prepare(recipe: Recipe, folder: Path, say: Say = lambda text: None, outlines
     _check_optimizer(recipe)
     check_growth(recipe.space, recipe.search.optimizer)
     _check_start(recipe)
-    refs = _refs(recipe, folder)
+    refs = model_refs(recipe, folder)
     _check_tokenizer_source(recipe, refs)
-    available = look_up(refs, say)
-    small = resolve_models(refs, say, weights=False)
+    available = look_up([*refs, *root_refs(refs, merges)], say)
+    small = resolve_models(refs, say, weights=False, merges=merges)
     _check_configs(small)
     include = resolve_include_path(recipe.evaluation.include_path, folder, say)
     say("checking tasks")
     tasks = lock_tasks(recipe, open_catalogue(include))
     if recipe.search.objective == "metric":
         _check_metric_objective(recipe, open_catalogue(include))
-    models = resolve_models(refs, say, outlines=outlines)
+    models = resolve_models(refs, say, outlines=outlines, merges=merges)
     say("checking models")
     _check_tokenizers(models)
     _check_chat_template(recipe, models[_tokenizer_index(recipe, refs)])
@@ -170,7 +187,7 @@ def space_of(
         RecipeError, CheckpointError: as `prepare`.
     """
     chosen = _check_method(recipe)
-    models = tuple(resolve_models(_refs(recipe, folder), say))
+    models = tuple(resolve_models(model_refs(recipe, folder), say))
     base = 0 if recipe.base_model is not None else None
     sources = tuple(range(0 if base is None else 1, len(models)))
     names = [model.name for model in models]
@@ -180,6 +197,7 @@ def space_of(
 
 def restore(recipe: Recipe, lock: Lock, say: Say = lambda text: None) -> Prepared:
     """The same from an existing lock: nothing is looked up anew, files must be those that the lock names."""
+    lock = rebuilt_here(lock, say)
     say("checking that models and tasks are those of the lock")
     for model in lock.models:
         check_files(model)
@@ -312,7 +330,8 @@ def _search_lock(recipe: Recipe, space: Space, tasks: Sequence[TaskLock]) -> Sea
     )
 
 
-def _refs(recipe: Recipe, folder: Path) -> list[ModelRef]:
+def model_refs(recipe: Recipe, folder: Path) -> list[ModelRef]:
+    """Base first, where there is one."""
     texts = ([recipe.base_model] if recipe.base_model else []) + list(recipe.models)
     return [parse_model(text, folder) for text in texts]
 
@@ -390,6 +409,8 @@ def _groups(models: Sequence[ResolvedModel], notes: list[str]) -> tuple[TensorGr
 def _own_dtype(model: ResolvedModel) -> str:
     from shoal.merge.adapter import open_parent
 
+    if model.merge is not None:  # its copy is float32 whatever it is
+        return model.merge.dtype
     parent = open_parent(model.folder)
     counts: dict[str, int] = {}
     for name in parent.names:

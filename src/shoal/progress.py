@@ -56,7 +56,7 @@ class Lines:
         left = self._total - self._count
         spent = (time.perf_counter() - self._started) / max(1, self._count)
         self.say(
-            f"generation {generation}: {_summary(fitness)}; {_seconds(self._evaluations)}; about {left * spent:.0f} s left"
+            f"generation {generation}: {summary(fitness)}; {_seconds(self._evaluations)}; about {left * spent:.0f} s left"
         )
         self._evaluations = []
 
@@ -101,7 +101,7 @@ class Bars(Lines):
         self._bars.update(self._task, advance=1, note=f"{self._note}{_seconds(recent)}")  # type: ignore[arg-type]
 
     def told(self, generation: int, fitness: Mapping[str, float | None]) -> None:
-        self._note = f"gen {generation}: {_summary(fitness)}  "
+        self._note = f"gen {generation}: {summary(fitness)}  "
         self._bars.update(self._task, note=self._note)  # type: ignore[arg-type]
 
 
@@ -148,7 +148,7 @@ def merging(console: Console, quiet: bool) -> Iterator[Callable[[int, int, int, 
         yield advance
 
 
-def _summary(fitness: Mapping[str, float | None]) -> str:
+def summary(fitness: Mapping[str, float | None]) -> str:
     """Best and mean of a generation against the best anchor, in units of the search's scale."""
     values = [value for value in fitness.values() if value is not None]
     failed = len(fitness) - len(values)

@@ -15,11 +15,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shoal.errors import RecipeError, nearest
-from shoal.types import AdapterModel, HubModel, LocalModel, ModelRef, Role, ZooModel
+from shoal.types import AdapterModel, HubModel, LocalModel, MergeModel, ModelRef, PlainModel, Role, ZooModel
 
 MAX_RECIPE_BYTES = 1 << 20
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+TrackerName = Literal["tensorboard", "trackio", "wandb"]
 Positive = Annotated[int, Field(gt=0)]
 Bounds = Annotated[tuple[float, float], Field(strict=False)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
@@ -211,7 +212,13 @@ class OutputSpec(Strict):
 
 
 class Recipe(Strict):
-    """One run: models, merge method, search space, tasks, search and output."""
+    """One run: models, merge method, search space, tasks, search and output.
+
+    base_model, models: a Hub id (`org/name`, `org/name@revision`), a folder (`./name`), `zoo:tiny/base`, `merge:org/name`
+    for a merge that shoal published and now rebuilds from its roots in float32, or `base+adapter`.
+    track: where the course of the run is sent as well, one name or a list; no part of what the run is, so it may change
+    whenever the run goes on.
+    """
 
     name: str
     base_model: str | None = None
@@ -223,6 +230,12 @@ class Recipe(Strict):
     search: SearchSpec = SearchSpec()
     claim: ClaimSpec = ClaimSpec()
     output: OutputSpec = OutputSpec()
+    track: Annotated[tuple[TrackerName, ...], Field(strict=False)] = ()
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _listed(cls, track: Any) -> Any:
+        return [track] if isinstance(track, str) else track
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -243,8 +256,8 @@ class Recipe(Strict):
         return self
 
     def digest(self) -> str:
-        """sha256 of the recipe's content without its budget: what may not change while a run goes on."""
-        content = self.model_dump(mode="json")
+        """sha256 of the recipe's content without budget and trackers: what may not change while a run goes on."""
+        content = self.model_dump(mode="json", exclude={"track"})
         for key in ("budget", "max_seconds"):
             content["search"].pop(key)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -256,7 +269,8 @@ class Recipe(Strict):
 
 def parse_model(text: str, folder: Path) -> ModelRef:
     """A model as written in a recipe: Hub id (`org/name`, `org/name@revision`), local folder (`./x`, `../x`, `/x`,
-    `~/x`, relative to `folder`), `zoo:tiny/base`, or `model+adapter` for a LoRA adapter on its base.
+    `~/x`, relative to `folder`), `zoo:tiny/base`, `merge:` before a Hub id or a folder for a merge of shoal's that is
+    rebuilt from its roots, or `model+adapter` for a LoRA adapter on its base.
 
     Raises:
         RecipeError: the text is none of these.
@@ -269,13 +283,32 @@ def parse_model(text: str, folder: Path) -> ModelRef:
             f"model {text!r}: an adapter is written 'base+adapter', found no {'base' if not base.strip() else 'adapter'}"
         )
     base_ref, adapter_ref = _parse_plain(base, folder), _parse_plain(adapter, folder)
-    if isinstance(adapter_ref, ZooModel):
+    if isinstance(adapter_ref, ZooModel | MergeModel):
         raise RecipeError(f"model {text!r}: the adapter must be a folder or a Hub id")
     return AdapterModel(base_ref, adapter_ref)
 
 
-def _parse_plain(text: str, folder: Path) -> HubModel | LocalModel | ZooModel:
+def _parse_merge(text: str, folder: Path) -> MergeModel:
+    """`merge:org/name[@revision]`, or `merge:` before a folder or the lock.yaml in it."""
+    rest = text.removeprefix("merge:").strip()
+    try:
+        source = _parse_plain(rest, folder)
+    except RecipeError:
+        source = None
+    if isinstance(source, LocalModel):
+        return MergeModel(LocalModel(source.path.parent) if source.path.name == "lock.yaml" else source)
+    if not isinstance(source, HubModel) or "/" not in source.repo:
+        raise RecipeError(
+            f"model {text!r}: expected 'merge:org/name' or 'merge:org/name@revision' for a merge that was published, or"
+            " 'merge:./folder' for a publication or a finished run here"
+        )
+    return MergeModel(source)
+
+
+def _parse_plain(text: str, folder: Path) -> PlainModel:
     text = text.strip()
+    if text.startswith("merge:"):
+        return _parse_merge(text, folder)
     if text.startswith("zoo:"):
         zoo, slash, member = text.removeprefix("zoo:").partition("/")
         if not slash or not member:

@@ -181,19 +181,15 @@ def write_plots(run: Path) -> list[Path]:
 
 
 def _figure(width: float, height: float) -> Any:
-    import matplotlib
+    """Figure and axes, without pyplot: a notebook's own backend and figures stay as they are."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot
-
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
     return path
 
 
@@ -236,6 +232,7 @@ def _convergence(folder: RunFolder, lock: Lock, journal: Journal) -> Path:
             xytext=(3, -3), textcoords="offset points", va="top", fontsize=7, color="#7a8ca0",
         )  # fmt: skip
     sizes = [lock.popsize, *(stage.popsize for stage in lock.stages)]
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(f"generation ({' or '.join(map(str, dict.fromkeys(sizes)))} candidates each)")
     unit = "in units of the score" if lock.search.scale == "unit" else "in spreads of the anchors"
     axes.set_ylabel(f"gain on search items\n({unit})")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from shoal.claim import make_result
 from shoal.errors import RunError
 from shoal.folder import RunFolder
 from shoal.journal import Journal
-from shoal.lock import write_text
+from shoal.lock import Lock, Opening, write_text
+from shoal.models import NO_MERGES, Merges
 from shoal.output import read_plan, winner_sha256, write_best
 from shoal.preflight import Prepared, prepare, restore
 from shoal.recipe import Recipe
@@ -26,12 +27,15 @@ from shoal.search.optimizer import warm_sigma0
 from shoal.stages.anchors import Anchors
 from shoal.stages.evaluator import Evaluator
 from shoal.stages.finalists import open_test, select
-from shoal.stages.observer import Observer, Silent
+from shoal.stages.observer import Follower, Observer, Silent
 from shoal.stages.search import Search
 from shoal.stages.start import move_start
 from shoal.types import MergePlan, Worker
 from shoal.warm import warm_genome
 from shoal.worker import LocalWorker
+
+# recipe, lock and folder of a new run -> openings of its test items before it began, by runs that it descends from
+Openings = Callable[[Recipe, Lock, Path], Sequence[Opening]]
 
 
 def evolve(
@@ -46,12 +50,15 @@ def evolve(
     save_weights: bool = False,
     observer: Observer | None = None,
     worker: Callable[[Prepared, str], Worker] | None = None,
+    merges: Merges = NO_MERGES,
+    openings: Openings | None = None,
 ) -> dict[str, Any]:
     """Start a run in folder `run`, or continue the one that is there; returns the content of result.json.
 
     base_folder: what relative paths in the recipe are relative to. memory: where the parents are kept (`auto`,
     `device`, `host`, `disk`); memory_limit: bytes of device memory to stay under. worker: makes the worker; the default
-    loads the models into this process.
+    loads the models into this process. merges: how the merges of ours among the models were made. openings: looks up
+    which openings of its test items a new run inherits.
 
     Raises:
         ShoalError: one clear message; the run folder keeps everything that was finished.
@@ -60,7 +67,7 @@ def evolve(
     seen = observer or Silent()
     folder = RunFolder(run)
     with folder.held():
-        prepared = _open(folder, recipe, base_folder, reopen_test, seen)
+        prepared = _open(folder, recipe, base_folder, reopen_test, seen, merges, openings)
         if folder.done.is_file():
             if save_weights:
                 write_best(folder.best, prepared.lock, recipe, read_plan(folder.best), save_weights)
@@ -80,11 +87,19 @@ def evolve(
 
 
 def _open(
-    folder: RunFolder, recipe: Recipe, base_folder: Path, reopen_test: bool, seen: Observer
+    folder: RunFolder,
+    recipe: Recipe,
+    base_folder: Path,
+    reopen_test: bool,
+    seen: Observer,
+    merges: Merges,
+    openings: Openings | None,
 ) -> Prepared:
     """A new run: prepare and write its lock. An existing one: check that this recipe may continue it."""
     if not folder.started:
-        prepared = warmed(prepare(recipe, base_folder, seen.say), base_folder)
+        prepared = warmed(prepare(recipe, base_folder, seen.say, merges=merges), base_folder)
+        if openings is not None:
+            prepared = inheriting(prepared, openings(placed(recipe, base_folder), prepared.lock, folder.path))
         folder.start(recipe, prepared.lock)
         return prepared
     grown = folder.check_same(recipe)
@@ -109,12 +124,10 @@ def _open(
 
 def warmed(prepared: Prepared, base_folder: Path) -> Prepared:
     """The same, started from the merge that the recipe names, with smaller steps; the lock holds the start itself."""
-    source, lock = prepared.recipe.search.warm_start, prepared.lock
+    source, lock = placed(prepared.recipe, base_folder).search.warm_start, prepared.lock
     if source is None:
         return prepared
-    genome, note = warm_genome(
-        (base_folder / Path(source).expanduser()).resolve(), prepared.space, lock.models
-    )
+    genome, note = warm_genome(Path(source), prepared.space, lock.models)
     start = lock.search.model_copy(update={"x0": tuple(float(x) for x in genome)})
     sigma0 = prepared.recipe.search.sigma0 or warm_sigma0(prepared.space.size)
     return replace(
@@ -122,6 +135,26 @@ def warmed(prepared: Prepared, base_folder: Path) -> Prepared:
         lock=lock.model_copy(update={"search": start, "sigma0": sigma0}),
         notes=(*prepared.notes, note),
     )
+
+
+def placed(recipe: Recipe, base_folder: Path) -> Recipe:
+    """The recipe with its warm start as an absolute path."""
+    source = recipe.search.warm_start
+    if source is None:
+        return recipe
+    place = str((base_folder / Path(source).expanduser()).resolve())
+    return recipe.model_copy(update={"search": recipe.search.model_copy(update={"warm_start": place})})
+
+
+def inheriting(prepared: Prepared, openings: Sequence[Opening]) -> Prepared:
+    """The same, with the openings of its test items by ancestors in its lock and in its notes."""
+    if not openings:
+        return prepared
+    runs = ", ".join(dict.fromkeys(opening.run for opening in openings))
+    number = "once" if len(openings) == 1 else f"{len(openings)} times"
+    note = f"its test items were opened {number} before, by runs that it descends from ({runs}); the claim will say so"
+    lock = prepared.lock.model_copy(update={"inherited": tuple(openings)})
+    return replace(prepared, lock=lock, notes=(*prepared.notes, note))
 
 
 def _load(
@@ -161,6 +194,8 @@ def _go(evaluator: Evaluator, save_weights: bool) -> dict[str, Any]:
     anchors.score()
     move_start(evaluator, anchors)
     search = Search(evaluator, anchors)
+    if isinstance(evaluator.seen, Follower):
+        evaluator.seen.follow(lambda: search.mean)
     search.run()
     winner, plan = select(evaluator, search.mean, search.best, anchors.contenders())
     searched = open_test(evaluator, winner, plan)

@@ -53,17 +53,34 @@ class ZooModel:
 
 
 @dataclass(frozen=True)
+class MergeModel:
+    """A merge of ours, `merge:org/name` or `merge:./folder`: rebuilt from its roots in float32, whatever dtype it is
+    published in. source: a publication on the Hub, or the folder of a publication or of a finished run."""
+
+    source: HubModel | LocalModel
+
+    def __str__(self) -> str:
+        return f"merge:{self.source}"
+
+
+@dataclass(frozen=True)
 class AdapterModel:
     """A LoRA adapter on its base model: `base+adapter`."""
 
-    base: HubModel | LocalModel | ZooModel
+    base: HubModel | LocalModel | ZooModel | MergeModel
     adapter: HubModel | LocalModel
 
     def __str__(self) -> str:
         return f"{self.base}+{self.adapter}"
 
 
-ModelRef = HubModel | LocalModel | ZooModel | AdapterModel
+PlainModel = HubModel | LocalModel | ZooModel | MergeModel
+ModelRef = PlainModel | AdapterModel
+
+
+def parts_of(ref: ModelRef) -> tuple[PlainModel, ...]:
+    """A model alone, or the base and the adapter."""
+    return (ref.base, ref.adapter) if isinstance(ref, AdapterModel) else (ref,)
 
 
 # --- merge plans ----------------------------------------------------------------------------------------------

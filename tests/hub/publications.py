@@ -56,21 +56,25 @@ def add_parents(hub: LocalHub, pico: Any) -> None:
         hub.add_repo(f"anna/{name}", files | {"README.md": CARD.encode()})
 
 
-def make(pico: Any, place: Path) -> Made:
-    """Evolve from Hub ids through a Hub of its own, and write both publications."""
+def hub_recipe() -> dict[str, Any]:
+    """Keys of a recipe whose parents are on the Hub; its winner is a merge."""
+    return {
+        "name": "fish",
+        "base_model": "anna/base",
+        "models": ["anna/left", "anna/right"],
+        "space": {"shape": "uniform", "bounds": {"weight": [-1, 2]}},
+        "search": {"budget": 12, "popsize": 4, "items": 16, "seed": 2},
+    }
+
+
+def make(pico: Any, place: Path, **changes: Any) -> Made:
+    """Evolve from Hub ids through a Hub of its own, and write both publications; changes: of the recipe."""
     with pytest.MonkeyPatch.context() as patch, LocalHub() as hub:
         hub.add_user("anna", TOKEN)
         point_client(hub, place / "hf", patch)
         patch.setenv("HF_TOKEN", TOKEN)
         add_parents(hub, pico)
-        recipe = runs.recipe(
-            pico,
-            name="fish",
-            base_model="anna/base",
-            models=["anna/left", "anna/right"],
-            space={"shape": "uniform", "bounds": {"weight": [-1, 2]}},
-            search={"budget": 12, "popsize": 4, "items": 16, "seed": 2},
-        )
+        recipe = runs.recipe(pico, **(hub_recipe() | changes))
         result = evolve(recipe, place / "run", device="cpu")
         assert "@" in result["winner"]["id"]  # a merge, else another seed
         dry_run(place / "run", REPO, place / "recipe")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 from hub.client import Client, point_client
 from hub.local_hub import LocalHub
 from hub.publications import REPO, Made
@@ -17,8 +18,10 @@ from shoal.cli import app
 from shoal.errors import PublishError, ShoalError
 from shoal.hub import weights
 from shoal.hub.compare import compare, read_scores
+from shoal.hub.publish import dry_run
 from shoal.hub.published import load_published
 from shoal.hub.reproduce import Reproduction, reproduce
+from shoal.run import evolve
 from shoal.types import ItemScore
 
 
@@ -175,6 +178,41 @@ def test_another_merge_is_told(hub: LocalHub, made: Made, tmp_path: Path) -> Non
         (folder / name).write_text(text.replace(lock.winner.weights_sha256, "f" * 64))
     assert not check(reproduce(folder), "weights_sha256").agrees
     assert shoal("reproduce", str(folder)).exit_code == 1
+
+
+def test_what_is_missing_beside_published_items_is_said(hub: LocalHub, made: Made, tmp_path: Path) -> None:
+    made.add_parents(hub)
+    folder = tmp_path / "publication"
+    dry_run(made.run, REPO, folder, include_item_text=True)
+    with pytest.raises(
+        PublishError, match=r"items\.parquet holds their rendered requests, but not what is missing"
+    ):
+        reproduce(folder, score=True, device="cpu")
+
+
+def test_weights_whose_parents_nobody_has(pico: Any, tmp_path: Path) -> None:
+    """They are compared with their hash and scored as they are, and it is said that they were not rebuilt."""
+    evolve(runs.recipe(pico, name="own", search={"budget": 4, "popsize": 4}), tmp_path / "run", device="cpu")
+    folder = tmp_path / "publication"
+    dry_run(tmp_path / "run", REPO, folder, weights=True, license="mit")
+    command = ["reproduce", str(folder), "--include-path", str(pico.tasks), "--device", "cpu"]
+    done = shoal(*command, "--score")
+    assert done.exit_code == 0, done.output
+    assert "scores agree; they were not rebuilt" in done.stdout and "weights_sha256" not in done.stdout
+    assert "note: not rebuilt: its parents base, left, right are folders" in done.stdout
+    found = reproduce(folder, score=True, include_path=pico.tasks, device="cpu")
+    assert found.agrees and not found.rebuilt and {row.flips for row in found.scores} == {0}
+    assert len(found.scores) == 4 and all(row.items > 0 for row in found.scores)
+    assert "they were not rebuilt" in shoal(*command).stdout
+    # its requests are rendered with the published tokenizer, its items scored with the published weights
+    other = (pico.model("left") / "model.safetensors").read_bytes()
+    kept = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(other)
+    done = shoal(*command, "--score")
+    assert done.exit_code == 1 and "not reproduced: published weights" in done.stdout
+    (folder / "model.safetensors").write_bytes(kept)
+    (folder / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json" in shoal(*command, "--score").stderr
 
 
 def test_offline_with_a_full_cache(hub: LocalHub, made: Made, client: Client) -> None:

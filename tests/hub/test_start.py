@@ -34,6 +34,8 @@ def test_a_descendant_starts_there_and_says_so(
     weights = [source.parameters["weight"] for source in winner.groups[0].sources]
     assert list(lock.search.x0) == pytest.approx(weights, abs=1e-9)
     assert shoal.evolve(None, tmp_path / "run", **arguments) == result  # the same command goes on
+    assert [opening.run for opening in lock.inherited] == ["fish"]
+    assert "opened 2 times, 1 of them by runs that this one descends from" in result["claim"]
     published = dry_run(tmp_path / "run", "anna/grandchild", tmp_path / "dry", say=said.append)
     (ancestor,) = published.lock.lineage
     assert (ancestor.relation, ancestor.reference) == ("warm start", f"{REPO}@{commit}")

@@ -126,7 +126,11 @@ def _made(content: CardContent) -> str:
     rows = []
     for index, model in enumerate(run.models):
         role = "base" if index == run.base else "merged" if index in run.sources else "not merged"
-        rows.append(f"| {model.name} | {_link(model.ref)} | {role} |")
+        source = _link(model.ref)
+        if model.merge is not None:
+            roots = ", ".join(root.name for root in model.merge.roots)
+            source += f", a merge, rebuilt in float32 from its roots {roots}"
+        rows.append(f"| {model.name} | {source} | {role} |")
     space = ", ".join([recipe.space.shape, *(recipe.space.tensor_types or ())])
     picture = "![The winner's parameters by layer](weights.png)" if "weights.png" in content.plots else ""
     return "\n\n".join(
@@ -149,7 +153,7 @@ def _made(content: CardContent) -> str:
 
 def _link(ref: str) -> str:
     parts = []
-    for one in ref.split("+"):
+    for one in (part.removeprefix("merge:") for part in ref.split("+")):
         repo, _, commit = one.partition("@")
         if one.startswith(("zoo:", "./")):
             parts.append(f"`{one}`")
@@ -241,7 +245,7 @@ def _lineage(content: CardContent) -> str:
     lines = [
         f"- this merge (`{content.lock.name}`)",
         *(f"  {line}" for line in drawn(ancestors)),
-        *(f"  - parent: `{p.pinned}`" for p in content.parents if p.pinned not in of_our_own),
+        *(f"  - parent: `{p.pinned}`" for p in content.parents if not p.root and p.pinned not in of_our_own),
     ]
     return "\n\n".join(["## Lineage", "\n".join(lines)])
 

@@ -6,22 +6,19 @@ What the repository holds as weights is compared with its lock; a recipe without
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.endpoint import Say
 from shoal.errors import PublishError, RecipeError
 from shoal.hub import weights
-from shoal.hub.fetch import DEFAULT_LIMITS, Limits, fetch
-from shoal.hub.opened import Opened, open_publication
+from shoal.hub.fetch import DEFAULT_LIMITS, Limits
+from shoal.hub.opened import Opened
 from shoal.hub.rebuild import parents_here, versions_hint
+from shoal.hub.repository import DATA, fetched, split_revision
 from shoal.merge.writer import TOKENIZER_FILES
 
 # what a publication consists of, and nothing that a library would load on its own beside it (an adapter, say)
-DATA = ("recipe.yaml", "lock.yaml", "result.json")
 DOCUMENTS = (
     "README.md",
     "mergekit_config.yml",
@@ -95,46 +92,9 @@ def download(
     return Downloaded(target, repo, commit, not lock.weights_published, lock.winner.weights_sha256)
 
 
-def split_revision(text: str) -> tuple[str, str | None]:
-    """`org/name@revision`
-
-    Raises:
-        PublishError: no name of a repository.
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    repo, _, revision = text.removeprefix("hub:").partition("@")
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        repo = ""
-    if "/" not in repo:
-        raise PublishError(f"{text!r}: expected a repository of the Hub as org/name or org/name@revision")
-    return repo, revision or None
-
-
 def check_new(target: Path) -> None:
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise PublishError(f"{target}: exists; choose a folder that does not, by -o")
-
-
-@contextmanager
-def fetched(
-    repo: str, revision: str | None, beside: Path, allow: Sequence[str], limits: Limits, say: Say
-) -> Iterator[tuple[Opened, str]]:
-    """A repository in a hidden folder beside a target, opened; the folder is gone at the end, unless it was renamed."""
-    folder = beside.absolute().with_name(f".{beside.absolute().name}.unchecked")
-    if folder.is_symlink() or folder.is_file():
-        raise PublishError(f"{folder}: is in the way; remove it")
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-    try:
-        found = fetch(repo, revision, folder, allow, limits, say)
-        if "lock.yaml" not in found.files:
-            raise PublishError(f"{repo}: holds no lock.yaml, so it is no publication of shoal")
-        yield open_publication(folder, f"{repo}@{found.commit[:12]}"), found.commit
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_weights(opened: Opened) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 from shoal.errors import PublishError, RecipeError, ShoalError
 from shoal.hub.published import PublishedLock, parse_published
 from shoal.hub.safe_yaml import MAX_BYTES, read_yaml
+from shoal.lock import ModelLock
 from shoal.merge.methods import check_plan, method
 from shoal.preflight import check_model_args
 from shoal.recipe import MAX_RECIPE_BYTES, Recipe, parse_model, parse_recipe
-from shoal.types import AdapterModel, HubModel, LocalModel, ModelRef, ZooModel
+from shoal.types import HubModel, LocalModel, MergeModel, MergePlan, PlainModel, ZooModel, parts_of
 
 RECIPE, LOCK, RESULT = "recipe.yaml", "lock.yaml", "result.json"
 MAX_RESULT_BYTES = 16 << 20
@@ -36,8 +37,8 @@ class Opened:
     result: dict[str, Any]
 
     def local_parents(self) -> tuple[str, ...]:
-        """Parents that are folders of the publisher: nobody else can have them."""
-        return tuple(m.name for m in self.lock.run.models if any(_local(p) for p in _parts(m.ref)))
+        """Parents that are folders of the publisher, or made of some: nobody else can have them."""
+        return tuple(model.name for model in self.lock.run.models if _local(model))
 
 
 def open_publication(folder: Path, where: str) -> Opened:
@@ -53,7 +54,7 @@ def open_publication(folder: Path, where: str) -> Opened:
     try:
         _check_models(lock)
         _check_recipe(recipe, lock)
-        _check_plan(lock)
+        _check_winner(lock)
     except RecipeError as error:
         raise PublishError(f"{where}: {error}") from None
     told = {
@@ -107,17 +108,21 @@ def _result(path: Path, where: str) -> dict[str, Any]:
     return data
 
 
-def _parts(text: str) -> tuple[ModelRef, ...]:
-    ref = parse_model(text, _NOWHERE)
-    return (ref.base, ref.adapter) if isinstance(ref, AdapterModel) else (ref,)
+def _parts(text: str) -> tuple[PlainModel, ...]:
+    return parts_of(parse_model(text, _NOWHERE))
 
 
-def _local(ref: ModelRef) -> bool:
-    return isinstance(ref, LocalModel)
+def _local(model: ModelLock) -> bool:
+    """A merge is where its roots are: the lock holds all else that it is made of."""
+    if model.merge is not None:
+        return any(isinstance(part, LocalModel) for part in _parts(model.ref)[1:]) or any(
+            _local(root) for root in model.merge.roots
+        )
+    return any(isinstance(part, LocalModel) for part in _parts(model.ref))
 
 
 def _check_models(lock: PublishedLock) -> None:
-    """Hub models at a full commit, members of a zoo, or folders by their name alone (`./left`)."""
+    """Hub models at a full commit, members of a zoo, or folders by their name alone (`./left`); merges likewise."""
     names = [model.name for model in lock.run.models]
     if len(set(names)) != len(names) or not names:
         raise RecipeError(f"lock.yaml: expected models of different names, found {names}")
@@ -125,25 +130,36 @@ def _check_models(lock: PublishedLock) -> None:
     if not all(0 <= index < len(names) for index in indices):
         raise RecipeError(f"lock.yaml: names a model that is none of the {len(names)}")
     for model in lock.run.models:
-        parts = _parts(model.ref)
-        commits = (model.commit, model.adapter_commit) if len(parts) > 1 else (model.commit,)
-        if (len(parts) > 1) != (model.adapter is not None):
-            raise RecipeError(f"lock.yaml: model {model.name}: {model.ref!r} and its adapter do not agree")
-        for part, commit in zip(parts, commits, strict=True):
-            if isinstance(part, HubModel) and (part.revision != commit or not _is_sha(commit)):
-                raise RecipeError(
-                    f"lock.yaml: model {model.name}: expected {part.repo} at a commit (40 hexadecimal digits),"
-                    f" found {part.revision!r}"
-                )
-            if isinstance(part, LocalModel) and part.path.parent != _NOWHERE:
-                raise RecipeError(
-                    f"lock.yaml: model {model.name}: a published lock names no local paths, found one"
-                )
-            if isinstance(part, ZooModel) and "/" in part.member:
-                raise RecipeError(f"lock.yaml: model {model.name}: {model.ref!r} is no model of a zoo")
+        _check_model(model)
 
 
-def _is_sha(commit: str | None) -> bool:
+def _check_model(model: ModelLock) -> None:
+    parts = _parts(model.ref)
+    commits = (model.commit, model.adapter_commit) if len(parts) > 1 else (model.commit,)
+    if (len(parts) > 1) != (model.adapter is not None):
+        raise RecipeError(f"lock.yaml: model {model.name}: {model.ref!r} and its adapter do not agree")
+    if isinstance(parts[0], MergeModel) != (model.merge is not None):
+        raise RecipeError(f"lock.yaml: model {model.name}: {model.ref!r} and how it was merged do not agree")
+    for part, commit in zip(parts, commits, strict=True):
+        source = part.source if isinstance(part, MergeModel) else part
+        if isinstance(source, HubModel) and (source.revision != commit or not is_sha(commit)):
+            raise RecipeError(
+                f"lock.yaml: model {model.name}: expected {source.repo} at a commit (40 hexadecimal digits),"
+                f" found {source.revision!r}"
+            )
+        if isinstance(source, LocalModel) and source.path.parent != _NOWHERE:
+            raise RecipeError(
+                f"lock.yaml: model {model.name}: a published lock names no local paths, found one"
+            )
+        if isinstance(source, ZooModel) and "/" in source.member:
+            raise RecipeError(f"lock.yaml: model {model.name}: {model.ref!r} is no model of a zoo")
+    if model.merge is not None:
+        _check_plan(model.merge.merge_plan(), f"lock.yaml: model {model.name}: its plan")
+        for root in model.merge.roots:
+            _check_model(root)
+
+
+def is_sha(commit: str | None) -> bool:
     return commit is not None and len(commit) == 40 and set(commit) <= set("0123456789abcdef")
 
 
@@ -178,23 +194,35 @@ def _is_zoo(include: str) -> bool:
 
 def _name(text: str) -> tuple[str, ...]:
     """A model without its revision, which the recipe need not name."""
-    return tuple(p.repo if isinstance(p, HubModel) else str(p) for p in _parts(text))
+    return tuple(_unpinned(part) for part in _parts(text))
 
 
-def _check_plan(lock: PublishedLock) -> None:
+def _unpinned(part: PlainModel) -> str:
+    if isinstance(part, MergeModel):
+        return f"merge:{_unpinned(part.source)}"
+    return part.repo if isinstance(part, HubModel) else str(part)
+
+
+def _check_winner(lock: PublishedLock) -> None:
     """A plan of the lock's models, by methods that are known, with parameters that these take."""
     plan = lock.winner.merge_plan()
+    if list(plan.models) != [model.name for model in lock.run.models]:
+        raise RecipeError("winner.plan: merges other models than the lock names")
+    if plan.dtype != lock.run.dtype:
+        raise RecipeError(f"winner.plan: dtype {plan.dtype!r}, the lock says {lock.run.dtype!r}")
     try:
-        if list(plan.models) != [model.name for model in lock.run.models]:
-            raise RecipeError("winner.plan: merges other models than the lock names")
-        if plan.dtype != lock.run.dtype:
-            raise RecipeError(f"winner.plan: dtype {plan.dtype!r}, the lock says {lock.run.dtype!r}")
-        if plan.base is not None and not 0 <= plan.base < len(plan.models):
-            raise RecipeError(f"winner.plan: base {plan.base} is none of its models")
         method(lock.run.operator)
+    except ShoalError as error:
+        raise RecipeError(f"winner.plan: {error}") from None
+    _check_plan(plan, "winner.plan")
+
+
+def _check_plan(plan: MergePlan, where: str) -> None:
+    try:
+        if plan.base is not None and not 0 <= plan.base < len(plan.models):
+            raise RecipeError(f"base {plan.base} is none of its models")
         check_plan(plan)
     except (TypeError, ValueError, AttributeError, IndexError) as error:
-        raise RecipeError(f"winner.plan: not a merge plan: {error}") from None
+        raise RecipeError(f"{where}: not a merge plan: {error}") from None
     except ShoalError as error:
-        text = str(error)
-        raise RecipeError(text if text.startswith("winner.plan") else f"winner.plan: {text}") from None
+        raise RecipeError(f"{where}: {error}") from None

@@ -1,24 +1,26 @@
 """The parents of a merge as others see them: how they are named on the Hub, what their cards say, what they came from.
 
-A LoRA parent counts as two (the adapter and its base), and so does the base of task vectors.
+A LoRA parent counts as two (the adapter and its base), and so does the base of task vectors; a merge of ours counts with
+all of its roots.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from shoal import zoo
 from shoal.endpoint import without_bars
 from shoal.errors import PublishError
+from shoal.hub.kept import kept
 from shoal.hub.licences import Licence, ParentLicence, lookup, recognise
-from shoal.hub.safe_yaml import read_yaml
+from shoal.hub.safe_yaml import MAX_BYTES, read_yaml
 from shoal.lock import ModelLock
 from shoal.recipe import parse_model
-from shoal.types import AdapterModel, HubModel, LocalModel, ZooModel
+from shoal.types import AdapterModel, HubModel, LocalModel, MergeModel, PlainModel, parts_of
 
 CARD = "README.md"
 LOCK = "lock.yaml"
@@ -32,14 +34,18 @@ _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DO
 @dataclass(frozen=True)
 class Parent:
     """One model or adapter that went in. reference: what a reader can look up (`org/name`, `zoo:tiny/base`) or, for a
-    folder of this machine, its name. commit: on the Hub. zoo: the zoo's name, of a zoo's model."""
+    folder of this machine, its name. commit: on the Hub. folder: None where it is not known. zoo: the zoo's name, of a
+    zoo's model. merge: a merge of ours, rebuilt from its roots; folder is then that of its publication or run. root: it
+    is a model of such a merge, at any depth, and none of the run's own."""
 
     reference: str
     kind: Literal["hub", "local", "zoo"]
     commit: str | None
-    folder: Path
+    folder: Path | None
     adapter: bool = False
     zoo: str = ""
+    merge: bool = False
+    root: bool = False
 
     @property
     def pinned(self) -> str:
@@ -57,72 +63,127 @@ class Documents:
 
 
 def parents_of(models: Sequence[ModelLock]) -> tuple[Parent, ...]:
-    """Every model and adapter once, in the lock's order."""
-    found: dict[tuple[str, Path], Parent] = {}
-    for model in models:
-        ref = parse_model(model.ref, Path("/"))
-        base = ref.base if isinstance(ref, AdapterModel) else ref
-        parts = [_parent(base, model.commit, Path(model.folder), model.origin, adapter=False)]
-        if isinstance(ref, AdapterModel):
-            assert model.adapter is not None
-            parts.append(_parent(ref.adapter, model.adapter_commit, Path(model.adapter), {}, adapter=True))
-        for part in parts:
-            found.setdefault((part.reference, part.folder), part)
+    """Every model and adapter once, in the lock's order, then the roots of merges of ours that are none of them."""
+    found: dict[tuple[str, str], Parent] = {}
+    for part in (*_parents(models, root=False), *_roots(models)):
+        found.setdefault((part.reference, part.commit or str(part.folder)), part)
     return tuple(found.values())
 
 
+def _parents(models: Sequence[ModelLock], *, root: bool) -> Iterator[Parent]:
+    for model in models:
+        ref = parse_model(model.ref, Path("/"))
+        folder = Path(model.folder) if model.folder else None
+        yield _parent(parts_of(ref)[0], model.commit, folder, model.origin, adapter=False, root=root)
+        if isinstance(ref, AdapterModel):
+            folder = Path(model.adapter) if model.adapter else None
+            yield _parent(ref.adapter, model.adapter_commit, folder, {}, adapter=True, root=root)
+
+
+def _roots(models: Sequence[ModelLock]) -> Iterator[Parent]:
+    for model in models:
+        if model.merge is not None:
+            yield from _parents(model.merge.roots, root=True)
+            yield from _roots(model.merge.roots)
+
+
 def _parent(
-    ref: HubModel | LocalModel | ZooModel,
+    ref: PlainModel,
     commit: str | None,
-    folder: Path,
+    folder: Path | None,
     origin: dict[str, str],
     *,
     adapter: bool,
+    root: bool,
 ) -> Parent:
+    if isinstance(ref, MergeModel):
+        if isinstance(ref.source, HubModel):
+            return Parent(ref.source.repo, "hub", commit, None, merge=True, root=root)
+        return Parent(ref.source.path.name, "local", None, ref.source.path, merge=True, root=root)
     if isinstance(ref, HubModel):
-        return Parent(ref.repo, "hub", commit, folder, adapter)
+        return Parent(ref.repo, "hub", commit, folder, adapter, root=root)
     if isinstance(ref, LocalModel):
-        return Parent(ref.path.name, "local", None, folder, adapter)
+        return Parent(ref.path.name, "local", None, ref.path, adapter, root=root)
     if origin.get("repo") and origin.get("commit"):  # a zoo that is a copy of a repository
-        return Parent(origin["repo"], "zoo", origin["commit"], folder, adapter, ref.zoo)
-    return Parent(str(ref), "zoo", None, folder, adapter, ref.zoo)
+        return Parent(origin["repo"], "zoo", origin["commit"], folder, adapter, ref.zoo, root=root)
+    return Parent(str(ref), "zoo", None, folder, adapter, ref.zoo, root=root)
 
 
 def hub_ids(parents: Sequence[Parent]) -> list[str]:
-    """What may stand under base_model: repositories of the Hub, a zoo's source among them."""
-    return list(
-        dict.fromkeys(p.reference for p in parents if p.kind == "hub" or (p.kind == "zoo" and p.commit))
-    )
+    """What may stand under base_model: repositories of the Hub, a zoo's source among them; roots are their merge's."""
+    named = [p for p in parents if p.kind == "hub" or (p.kind == "zoo" and p.commit)]
+    return list(dict.fromkeys(p.reference for p in named if not p.root))
 
 
 def documents(parent: Parent) -> Documents:
-    """Card, licence files and published lock of a parent; of a Hub parent at its commit, from the cache when offline."""
+    """Card, licence files and published lock of a parent; of a Hub parent at its commit, from the cache when offline.
+
+    Raises:
+        PublishError: a merge of ours whose publication cannot be had: its lineage would be lost.
+    """
     folder, where = parent.folder, f"{CARD} of {parent.reference}"
-    if parent.kind == "hub":
+    if parent.merge and parent.kind == "hub":
+        folder = _kept(parent)
+    elif parent.kind == "hub":
         folder = _fetched(parent) or folder
+    nothing = f"{parent.reference} (no {CARD}, no licence file)"
+    if folder is None:
+        return Documents({}, (), None, nothing)
     text = _read(folder / CARD, _MAX_CARD)
-    lock = folder / LOCK
+    published = parent.kind == "hub" or parent.merge
     return Documents(
         metadata=front_matter(text, where) if text else {},
         legal=tuple(_legal_files(folder)),
-        lock=_read(lock, 64 << 20) if parent.kind == "hub" else None,
-        where=where if text else f"{parent.reference} (no {CARD}, no licence file)",
+        lock=_read(folder / LOCK, MAX_BYTES) if published else None,
+        where=where if text else nothing,
     )
+
+
+def _kept(parent: Parent) -> Path | None:
+    """The publication of a merge of ours; one that is a root only is told of by the merge that it is a root of."""
+    try:
+        return kept(parent.reference, parent.commit)[0].folder
+    except PublishError:
+        if parent.root:
+            return None
+        raise
+
+
+def published_lock(parent: Parent) -> str | None:
+    """The published lock of a parent alone, where it has one that can be had."""
+    if parent.merge or parent.kind != "hub":
+        return documents(parent).lock if parent.merge else None
+    import huggingface_hub
+
+    found = _got(lambda: huggingface_hub.hf_hub_download(parent.reference, LOCK, revision=parent.commit))
+    return None if found is None else _read(found, MAX_BYTES)
 
 
 def _fetched(parent: Parent) -> Path | None:
     """The snapshot with the repository's documents; None where it cannot be had."""
     import huggingface_hub
+
+    return _got(
+        lambda: huggingface_hub.snapshot_download(
+            parent.reference, revision=parent.commit, allow_patterns=list(_DOCUMENTS)
+        )
+    )
+
+
+def _got(fetch: Callable[[], str]) -> Path | None:
+    """What the client fetched or found in its cache, None where it could not."""
     from huggingface_hub import errors
 
     try:
         with without_bars():
-            path = huggingface_hub.snapshot_download(
-                parent.reference, revision=parent.commit, allow_patterns=list(_DOCUMENTS)
-            )
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
+            return Path(fetch())
+    except (
+        errors.HfHubHTTPError,
+        errors.EntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        OSError,
+    ):
         return None
-    return Path(path)
 
 
 def front_matter(text: str, where: str) -> dict[str, Any]:
@@ -135,6 +196,28 @@ def front_matter(text: str, where: str) -> dict[str, Any]:
     except PublishError:
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def licences_of(parents: Sequence[Parent], found: Mapping[Parent, Documents]) -> list[ParentLicence]:
+    """Of all parents, roots among them.
+
+    A merge of ours counts by what its card says; what shoal wrote there for several licences that hold together counts
+    as those. A run of one's own says nothing, nor does a publication among the roots that is gone: their roots do.
+    """
+    licences: list[ParentLicence] = []
+    for parent in parents:
+        one = licence_of(parent, found[parent])
+        if parent.merge and not one.stated and (parent.root or parent.kind == "local"):
+            continue
+        names = one.stated.split("-and-") if parent.merge and one.licence is None else []
+        several = [lookup(name) for name in names]
+        if len(several) > 1 and all(several):
+            for name, known in zip(names, several, strict=True):
+                files = one.files if name == names[0] else ()  # once
+                licences.append(replace(one, stated=name, licence=known, files=files))
+        else:
+            licences.append(one)
+    return licences
 
 
 def licence_of(parent: Parent, found: Documents) -> ParentLicence:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ from shoal.hub.privacy import Scrubber
 from shoal.lock import Lock, ModelLock
 from shoal.models import open_parents
 from shoal.recipe import Recipe, parse_model
-from shoal.types import AdapterModel, HubModel, LocalModel, MergePlan, ModelRef, ZooModel
+from shoal.types import (
+    AdapterModel,
+    HubModel,
+    LocalModel,
+    MergeModel,
+    MergePlan,
+    PlainModel,
+    ZooModel,
+    parts_of,
+)
 
 
 class Names:
@@ -30,7 +40,23 @@ class Names:
             return f"{base}+{self._plain(ref.adapter, model.adapter_commit, pinned)}"
         return self._plain(ref, model.commit, pinned)
 
-    def _plain(self, ref: HubModel | LocalModel | ZooModel, commit: str | None, pinned: bool) -> str:
+    def locked(self, model: ModelLock) -> ModelLock:
+        """The model, and its roots where it is a merge of ours, by pinned references and without folders."""
+        merge = model.merge
+        if merge is not None:
+            merge = merge.model_copy(update={"roots": tuple(self.locked(root) for root in merge.roots)})
+        adapter = None if model.adapter is None else ""
+        changes = {
+            "ref": self.reference(model, pinned=True),
+            "folder": "",
+            "adapter": adapter,
+            "merge": merge,
+        }
+        return model.model_copy(update=changes)
+
+    def _plain(self, ref: PlainModel, commit: str | None, pinned: bool) -> str:
+        if isinstance(ref, MergeModel):
+            return f"merge:{self._plain(ref.source, commit, pinned)}"
         if isinstance(ref, HubModel):
             return f"{ref.repo}@{commit}" if pinned and commit else str(ref)
         return str(ref) if isinstance(ref, ZooModel) else self._folder(ref.path)
@@ -44,14 +70,24 @@ class Names:
         return self._folders[path]
 
 
-def is_local(ref: ModelRef) -> bool:
-    """Whether a model, or a part of it, lies in a folder that only this machine has."""
-    parts = (ref.base, ref.adapter) if isinstance(ref, AdapterModel) else (ref,)
-    return any(isinstance(part, LocalModel) for part in parts)
+def names_folder(model: ModelLock) -> bool:
+    """Whether a reference names a folder of this machine, which nobody else can follow."""
+    parts = parts_of(parse_model(model.ref, Path("/")))
+    return any(isinstance(p.source if isinstance(p, MergeModel) else p, LocalModel) for p in parts)
+
+
+def is_local(model: ModelLock) -> bool:
+    """Whether a model, or what it is made of, lies in a folder that only this machine has.
+
+    A merge of ours is rebuilt from what the lock says of it, so that only its roots count.
+    """
+    parts = parts_of(parse_model(model.ref, Path("/")))
+    roots = () if model.merge is None else model.merge.roots
+    return any(isinstance(part, LocalModel) for part in parts) or any(is_local(root) for root in roots)
 
 
 def local_models(lock: Lock) -> list[ModelLock]:
-    return [model for model in lock.models if is_local(parse_model(model.ref, Path("/")))]
+    return [model for model in lock.models if is_local(model)]
 
 
 def recipe_here(recipe: Recipe, lock: Lock, scrubber: Scrubber) -> tuple[Recipe, list[str]]:
@@ -59,7 +95,7 @@ def recipe_here(recipe: Recipe, lock: Lock, scrubber: Scrubber) -> tuple[Recipe,
     names, notes = Names(lock.models), []
     texts = ([recipe.base_model] if recipe.base_model else []) + list(recipe.models)
     written = {
-        text: names.reference(model) if is_local(parse_model(model.ref, Path("/"))) else text
+        text: names.reference(model) if names_folder(model) else text
         for text, model in zip(texts, lock.models, strict=True)
     }
     if written != {text: text for text in texts}:
@@ -67,6 +103,7 @@ def recipe_here(recipe: Recipe, lock: Lock, scrubber: Scrubber) -> tuple[Recipe,
     changes: dict[str, Any] = {
         "models": tuple(written[text] for text in recipe.models),
         "base_model": None if recipe.base_model is None else written[recipe.base_model],
+        "track": (),  # where others send their runs is theirs to say
     }
     output, evaluation, search = recipe.output, recipe.evaluation, recipe.search
     source = output.tokenizer_source
@@ -96,16 +133,7 @@ def recipe_here(recipe: Recipe, lock: Lock, scrubber: Scrubber) -> tuple[Recipe,
 def lock_here(lock: Lock, recipe: Recipe) -> Lock:
     """The run's lock without folders; its recipe_digest is of the published recipe."""
     names = Names(lock.models)
-    models = tuple(
-        model.model_copy(
-            update={
-                "ref": names.reference(model, pinned=True),
-                "folder": "",
-                "adapter": None if model.adapter is None else "",
-            }
-        )
-        for model in lock.models
-    )
+    models = tuple(names.locked(model) for model in lock.models)
     return lock.model_copy(update={"models": models, "include_path": None, "recipe_digest": recipe.digest()})
 
 
@@ -127,25 +155,46 @@ def mergekit_here(lock: Lock, recipe: Recipe, plan: MergePlan) -> str:
     )
     zoos = sorted({z for m in lock.models if (z := _zoo(m)) is not None and not m.origin.get("commit")})
     head = [f"# Build ./zoo/{zoo} first, by `shoal zoo {zoo} ./zoo/{zoo}`." for zoo in zoos]
+    head += [line for model in lock.models if model.merge is not None for line in _merge_head(model, names)]
     if local_models(lock):
         head.append("# Models that begin with ./ are folders that were not published.")
     return "".join(f"{line}\n" for line in head) + text
 
 
 def _zoo(model: ModelLock) -> str | None:
-    ref = parse_model(model.ref, Path("/"))
-    base = ref.base if isinstance(ref, AdapterModel) else ref
+    base = parts_of(parse_model(model.ref, Path("/")))[0]
     return base.zoo if isinstance(base, ZooModel) else None
 
 
 def _for_mergekit(reference: str, model: ModelLock) -> str:
-    """mergekit knows no zoo: a copy of a repository is named as that, another one as a folder to build."""
+    """mergekit knows no zoo and no merge of ours: a copy of a repository is named as that, others as a folder to make."""
+    if model.merge is not None:
+        _, plus, adapter = reference.partition("+")
+        return f"./merges/{_slug(model.name)}{plus}{adapter}"
     if not reference.startswith("zoo:"):
         return reference
     base, plus, adapter = reference.partition("+")
     if model.origin.get("repo") and model.origin.get("commit"):
         return f"{model.origin['repo']}@{model.origin['commit']}{plus}{adapter}"
     return f"./zoo/{base.removeprefix('zoo:')}{plus}{adapter}"
+
+
+def _merge_head(model: ModelLock, names: Names) -> list[str]:
+    """How a merge of ours becomes a folder for mergekit, and what that is not."""
+    assert model.merge is not None
+    source = names.reference(model, pinned=True).partition("+")[0].removeprefix("merge:")
+    how = f"shoal download {source} -o" if model.commit else f"shoal merge {source} -o"
+    place = f"./merges/{_slug(model.name)}"
+    lines = [f"# Make {place} first, by `{how} {place}`."]
+    if model.merge.dtype != "float32":
+        lines.append(
+            f"# It is rounded to {model.merge.dtype} there, while shoal merged it in float32: what follows holds but for that."
+        )
+    return lines
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def check_recipe_only(lock: Lock) -> None:

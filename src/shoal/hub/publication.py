@@ -23,12 +23,13 @@ from shoal.hub.described import Publication, PublishedFile, describe
 from shoal.hub.legal import write_legal
 from shoal.hub.licences import terms
 from shoal.hub.lineage import inherited, lineage, openings
-from shoal.hub.parents import Parent, documents, languages, licence_of, parents_of
+from shoal.hub.parents import Parent, documents, languages, licences_of, parents_of
 from shoal.hub.privacy import Scrubber, Secrets, leaks
 from shoal.hub.published import Device, PublishedLock, Winner, json_schema
 from shoal.hub.tolerance import tolerance
 from shoal.journal import Journal
 from shoal.lock import Lock
+from shoal.models import rebuilt_here
 from shoal.output import read_plan
 from shoal.preflight import open_catalogue
 from shoal.recipe import Recipe
@@ -92,7 +93,7 @@ def build(
         portable.check_recipe_only(work.lock)
     parents = parents_of(work.lock.models)
     said = {parent: documents(parent) for parent in parents}
-    found_terms = terms([licence_of(parent, said[parent]) for parent in parents], repo, license)
+    found_terms = terms(licences_of(parents, said), repo, license)
     say("rendering the requests of the tasks")
     found_items = items.rendered(work.recipe, work.lock)
     with new_folder(out) as folder:
@@ -101,7 +102,8 @@ def build(
             _weights(folder, work)
         recipe, changed = portable.recipe_here(work.recipe, work.lock, work.scrubber)
         work.left_out += changed
-        ancestors = lineage(work.recipe, run, parents, said)
+        locks = {parent: said[parent].lock for parent in parents}
+        ancestors = lineage(work.recipe, run, parents, locks, work.lock)
         lock = _published(work, recipe, found_items, ancestors, weights)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (folder / "lock.yaml").write_text(lock.to_yaml(), encoding="utf-8")
@@ -159,7 +161,8 @@ def _opened(run: Path, repo: str, out: Path) -> _Work:
     result = load_result(run)
     folder = RunFolder(run)
     recipe, lock = folder.open()
-    unclear = [m.name for m in lock.models if m.name.startswith(("/", "~"))]
+    lock = rebuilt_here(lock)
+    unclear = [m.name for m in lock.models if m.name.removeprefix("merge:").startswith(("/", "~"))]
     if unclear:
         raise PublishError(
             f"parents are folders of one name ({', '.join(sorted({Path(n).name for n in unclear}))}), so the run calls them"
@@ -171,6 +174,7 @@ def _opened(run: Path, repo: str, out: Path) -> _Work:
     keep += [json_schema(), *_WORDS, *lock.libraries]
     places = [run, run.absolute(), out.absolute().parent]
     places += [Path(f) for m in lock.models for f in (m.folder, m.adapter) if f]
+    places += [p.folder for p in parents_of(lock.models) if p.kind == "local" and p.folder is not None]
     if lock.include_path is not None:
         places.append(Path(lock.include_path))
     secrets = Secrets.of_machine([p for p in places if p.is_absolute()], keep)

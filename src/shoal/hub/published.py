@@ -17,15 +17,13 @@ from pydantic import Field, ValidationError, model_validator
 
 from shoal.errors import PublishError
 from shoal.hub.safe_yaml import read_yaml
-from shoal.lock import Lock, ModelLock
+from shoal.lock import Lock, ModelLock, Opening, Sha256
 from shoal.recipe import Strict
 from shoal.types import MergePlan
 
 FORMAT = "shoal-published-lock"
 SCHEMA_VERSION = 1
 SCHEMA_FILE = f"published-lock-{SCHEMA_VERSION}.schema.json"
-
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Device(Strict):
@@ -78,18 +76,11 @@ class Winner(Strict):
         return MergePlan.from_json(json.dumps(self.plan))
 
 
-class Opening(Strict):
-    """One opening of the test items: of which run (by name), for which winner, after how many generations."""
-
-    run: str
-    winner: str
-    generations: int
-
-
 class Ancestor(Strict):
     """A merge that this one descends from. relation: it is a parent, or the search started from it (warm start).
 
     reference: Hub id with commit, or a name where it has none. openings: of its test items, its own ancestors' included.
+    shared: how many test items of the descendant's are test items of it, None where that is not known.
     """
 
     relation: Literal["parent", "warm start"]
@@ -99,6 +90,7 @@ class Ancestor(Strict):
     weights_sha256: Sha256 | None = None
     parents: Annotated[tuple[str, ...], Field(strict=False)] = ()
     openings: Annotated[tuple[Opening, ...], Field(strict=False)] = ()
+    shared: int | None = None
     lineage: Annotated[tuple[Ancestor, ...], Field(strict=False)] = ()
 
 
@@ -121,18 +113,7 @@ class PublishedLock(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> PublishedLock:
         for model in self.run.models:
-            if model.folder or model.adapter not in (None, ""):
-                raise ValueError(f"model {model.name}: a published lock names no folders, found one")
-            for ref in model.ref.split("+"):
-                if (
-                    ref.startswith(("/", "~", "\\", "file:"))
-                    or ".." in ref
-                    or re.match(r"[A-Za-z]:[\\/]", ref)
-                ):
-                    raise ValueError(f"model {model.name}: a published lock names no local paths, found one")
-            for file in model.files:
-                if not re.fullmatch(r"(adapter/)?[\w.+-]+", file) or ".." in file:
-                    raise ValueError(f"model {model.name}: {file!r} is no name of a model's file")
+            _check_private(model)
         if self.run.include_path is not None:
             raise ValueError("a published lock has no include_path, found one")
         if self.winner.merge_plan().digest() != self.winner.plan_digest:
@@ -167,6 +148,20 @@ def _placed(model: ModelLock, folders: Mapping[str, tuple[Path, Path | None]]) -
     return model.model_copy(
         update={"folder": str(folder), "adapter": None if adapter is None else str(adapter)}
     )
+
+
+def _check_private(model: ModelLock) -> None:
+    """Raises ValueError where a model, or a root of it, names a place on a machine."""
+    if model.folder or model.adapter not in (None, ""):
+        raise ValueError(f"model {model.name}: a published lock names no folders, found one")
+    for ref in (part.strip().removeprefix("merge:").strip() for part in model.ref.split("+")):
+        if ref.startswith(("/", "~", "\\", "file:")) or ".." in ref or re.match(r"[A-Za-z]:[\\/]", ref):
+            raise ValueError(f"model {model.name}: a published lock names no local paths, found one")
+    for file in model.files:
+        if not re.fullmatch(r"(adapter/)?[\w.+-]+", file) or ".." in file:
+            raise ValueError(f"model {model.name}: {file!r} is no name of a model's file")
+    for root in () if model.merge is None else model.merge.roots:
+        _check_private(root)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -8,8 +8,9 @@ from pathlib import Path
 from shoal.endpoint import Say
 from shoal.errors import CheckpointError, PublishError, RecipeError
 from shoal.hub.opened import Opened
+from shoal.hub.roots import confirm
 from shoal.lock import Lock, ModelLock, library_versions
-from shoal.models import resolve_models
+from shoal.models import merges_among, resolve_models, zoo_words
 from shoal.output import winner_sha256
 from shoal.preflight import groups_of
 from shoal.recipe import parse_model
@@ -28,11 +29,18 @@ def parents_here(opened: Opened, include_path: Path | None, say: Say) -> Lock:
             f"{opened.where}: its parents {', '.join(local)} are folders that were not published, so nobody can rebuild it"
         )
     models = opened.lock.run.models
-    resolved = resolve_models([parse_model(model.ref, Path()) for model in models], say)
+    confirm(models, opened.where, say)
+    refs = [parse_model(model.ref, Path()) for model in models]
+    resolved = resolve_models(refs, say, merges=merges_among(models))
     say("checking the hashes of the parents")
     folders: dict[str, tuple[Path, Path | None]] = {}
     for expected, found in zip(models, resolved, strict=True):
-        _check_files(expected, found.lock().files)
+        here = found.lock()
+        _check_files(expected, here.files)
+        if expected.merge is not None and expected.merge != here.merge:
+            raise PublishError(
+                f"parent {expected.ref}: rebuilt from its roots it has another hash in float32 than lock.yaml says"
+            )
         folders[expected.name] = found.folder, found.adapter
     lock = opened.lock.lock_here(folders, include_path)
     _check_groups(opened, lock)
@@ -44,14 +52,9 @@ def _check_files(expected: ModelLock, found: Mapping[str, str]) -> None:
         wanted, here = expected.files.get(name), found.get(name)
         if wanted == here:
             continue
-        zoo = (
-            "; models of a zoo are trained on each machine, and their bytes depend on it and on the libraries"
-            if expected.ref.startswith("zoo:")
-            else ""
-        )
         raise PublishError(
             f"parent {expected.ref}: {name} has sha256 {here[:12] if here else 'none, it is missing'}, lock.yaml says"
-            f" {wanted[:12] if wanted else 'that there is no such file'}{zoo}"
+            f" {wanted[:12] if wanted else 'that there is no such file'}{zoo_words(expected)}"
         )
 
 

@@ -9,21 +9,23 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.endpoint import Say
 from shoal.errors import EvaluationError, PublishError
 from shoal.hub import items
+from shoal.hub.alone import weights_alone
 from shoal.hub.compare import COMPARED, Compared, compare, read_scores
-from shoal.hub.download import DATA, DOCUMENTS, MODEL, check_weights, fetched, split_revision
+from shoal.hub.download import DOCUMENTS, MODEL, check_weights
 from shoal.hub.fetch import DEFAULT_LIMITS, Limits
 from shoal.hub.opened import LOCK, Opened, open_publication
 from shoal.hub.published import Device
 from shoal.hub.rebuild import other_versions, parents_here, rebuilt_sha256
+from shoal.hub.repository import DATA, fetched, split_revision
 from shoal.lock import Lock
 from shoal.preflight import resolve_include_path
-from shoal.types import Completed, Failed, ItemScore, Job
+from shoal.types import Completed, Failed, ItemScore, Job, MergePlan
 from shoal.worker import LocalWorker
 
 TASKS = "tasks"
@@ -42,13 +44,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What agrees. notes: what may explain a difference. device: in words, None where nothing was scored."""
+    """What agrees. notes: what may explain a difference. device: in words, None where nothing was scored.
+
+    rebuilt: whether the weights were made again from the parents; else those that were published were checked.
+    """
 
     where: str
     checks: tuple[Check, ...]
     scores: tuple[Compared, ...] = ()
     notes: tuple[str, ...] = ()
     device: str | None = None
+    rebuilt: bool = True
 
     @property
     def agrees(self) -> bool:
@@ -67,6 +73,9 @@ def reproduce(
 ) -> Reproduction:
     """Rebuild a published winner from its lock and compare; with `score` measure its items again, too.
 
+    Where its parents are folders of the publisher, it cannot be rebuilt: then the published weights are compared with
+    the lock's hash, and scored as they are.
+
     source: a repository (`org/name`, `org/name@revision`), a published lock.yaml, or a folder with one. include_path:
     folder with the tasks that are not lm-eval's own. trust_tasks: use task YAML that the repository holds, which can
     run code on this machine.
@@ -81,6 +90,8 @@ def reproduce(
         if include_path is not None:
             given = resolve_include_path(str(include_path), Path(), say)
         include = _include(opened, given, say) if score else None
+        if opened.local_parents() and opened.lock.weights_published:
+            return _as_published(opened, include, score, device, say)
         lock = parents_here(opened, include, say)
         winner = opened.lock.winner
         count = sum(len(model.files) for model in lock.models)
@@ -98,7 +109,22 @@ def reproduce(
         notes = [f"libraries differ: {', '.join(versions)}"] if versions else []
         if not score:
             return Reproduction(opened.where, tuple(checks), notes=tuple(notes))
-        return _scored(opened, lock, device, checks, notes, say)
+        return _scored(opened, lock, winner.merge_plan(), device, checks, notes, say)
+
+
+def _as_published(opened: Opened, include: Path | None, score: bool, device: str, say: Say) -> Reproduction:
+    """The published weights by their hash, and their scores: what can be said without the parents."""
+    names = ", ".join(opened.local_parents())
+    say("checking the weights")
+    checks = [_published_weights(opened)]
+    notes = [
+        f"not rebuilt: its parents {names} are folders that were not published; the weights here are the published ones"
+    ]
+    found = Reproduction(opened.where, tuple(checks), notes=tuple(notes), rebuilt=False)
+    if not score or not found.agrees:
+        return found
+    lock, plan = weights_alone(opened, include)
+    return replace(_scored(opened, lock, plan, device, checks, notes, say), rebuilt=False)
 
 
 @contextmanager
@@ -131,9 +157,15 @@ def _include(opened: Opened, given: Path | None, say: Say) -> Path | None:
     if named is not None and named.startswith("zoo:"):
         return resolve_include_path(named, Path(), say)
     if custom:
+        there = ""
+        if (opened.folder / items.FILE).is_file():
+            there = (
+                f"; {items.FILE} holds their rendered requests, but not what is missing: how the task turns answers into"
+                " metrics"
+            )
         raise PublishError(
             f"{opened.where}: the tasks {', '.join(custom)} are the publisher's own, and task YAML is never taken from a"
-            " repository (it can run code); name the folder that you have them in by --include-path"
+            f" repository (it can run code); name the folder that you have them in by --include-path{there}"
         )
     return None
 
@@ -148,8 +180,15 @@ def _published_weights(opened: Opened) -> Check:
 
 
 def _scored(
-    opened: Opened, lock: Lock, device: str, checks: list[Check], notes: list[str], say: Say
+    opened: Opened,
+    lock: Lock,
+    plan: MergePlan,
+    device: str,
+    checks: list[Check],
+    notes: list[str],
+    say: Say,
 ) -> Reproduction:
+    """The same with the scores of `plan`, which merges the models of `lock`."""
     published = read_scores(opened.folder, opened.lock, opened.where)
     say("building requests")
     _check_tasks(opened, lock)
@@ -174,7 +213,7 @@ def _scored(
     worker = LocalWorker(opened.recipe, lock, device, say)
     try:
         where = worker.capabilities().device
-        measured = _measured(opened, worker, say)
+        measured = _measured(opened, worker, plan, say)
     finally:
         worker.close()
     same_kind = _same_kind(opened.lock.device, where)
@@ -205,14 +244,14 @@ def _check_tasks(opened: Opened, lock: Lock) -> None:
             )
 
 
-def _measured(opened: Opened, worker: LocalWorker, say: Say) -> list[ItemScore]:
+def _measured(opened: Opened, worker: LocalWorker, plan: MergePlan, say: Say) -> list[ItemScore]:
     """The winner's scores, role by role as the run scored it."""
     winner = opened.lock.winner
     found: list[ItemScore] = []
     for role in COMPARED:
         ids = {(task.task, role): task.roles[role].items for task in opened.lock.run.tasks}
         say(f"scoring {sum(map(len, ids.values()))} {role} items")
-        worker.submit(Job(winner.id, winner.merge_plan(), ids, canonical=True))
+        worker.submit(Job(winner.id, plan, ids, canonical=True))
         done: Completed | Failed = worker.poll()
         if isinstance(done, Failed):
             raise EvaluationError(

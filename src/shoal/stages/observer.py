@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shoal.journal import EvaluationRow
 from shoal.preflight import Prepared
@@ -21,6 +24,14 @@ class Observer(Protocol):
     def evaluated(self, row: EvaluationRow, fitness: float | None) -> None: ...
 
     def told(self, generation: int, fitness: Mapping[str, float | None]) -> None: ...
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """An observer that also follows where the search is."""
+
+    def follow(self, mean: Callable[[], NDArray[np.float64]]) -> None:
+        """Hear before the search how to ask for its answer so far: a genome [genes] of the space that it is in then."""
 
 
 class Silent:
