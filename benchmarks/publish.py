@@ -1,6 +1,6 @@
 """A recipe's whole way over a Hub, by the command line: evolved from Hub ids, published, downloaded, reproduced.
 
-    python benchmarks/hub.py --json FILE [--reader PYTHON] [--budget N]
+    python benchmarks/publish.py --json FILE [--reader PYTHON] [--budget N]
 
 The Hub is the local one of tests/hub, the client the real one. The models of the tiny zoo are on it; the quickstart
 recipe is evolved from their ids, published recipe-only and, as another repository, with weights, where the upload is cut
@@ -106,7 +106,6 @@ def main() -> None:
             "SHOAL_CACHE": str(place / "publisher" / "shoal")
         }
         commands.run("publisher", sys.executable, mine, "evolve", "recipe.yaml", "--run", "run", "--quiet")
-        commands.run("publisher", sys.executable, mine, "publish", "run", RECIPE_ONLY, "--yes")
         for _ in range(CUTS):
             hub.faults.clear()
             hub.fault("cut-request", "PUT /upload/", times=None, after=1)
@@ -117,6 +116,7 @@ def main() -> None:
             assert half == ["initial commit"], half
         hub.faults.clear()
         commands.run("publisher", sys.executable, mine, "publish", "run", WEIGHTS, "--weights", "--yes")
+        commands.run("publisher", sys.executable, mine, "publish", "run", RECIPE_ONLY, "--yes")
         titles = {name: [c.title for c in hub.store.repos[name].history()] for name in (RECIPE_ONLY, WEIGHTS)}
         assert all(len(found) == 2 for found in titles.values()), titles
 
