@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from shoal.evals.tree import Batch, Layout, Scored, layout, prompts
+from shoal.evals.tree import Batch, Costs, Layout, Scored, layout, prompts
 
 
 def seen(batches: Sequence[Batch]) -> dict[tuple[int, int], tuple[tuple[int, int], ...]]:
@@ -105,6 +105,21 @@ def test_equal_sequences_and_beginnings_of_others() -> None:
     laid = layout(sequences, 4096, 100)
     check(sequences, laid)
     assert laid.statistics.planned == 6
+
+
+def test_short_beginnings_within_beginnings_are_computed_again_and_are_no_trunks() -> None:
+    """Where a call is dear: a beginning that moved into its children moves on with the next one above it."""
+    sequences = [
+        Scored((1, 2, 10 + i, 20 + i, 100 + 10 * i + j, *range(500, 512)), (1,))
+        for i in range(6)
+        for j in range(40)
+    ]
+    laid = layout(sequences, 4096, 4096, Costs(call=1e6, token=5.0))
+    check(sequences, laid)
+    assert not any(b.links for b in laid.batches)
+    shared = layout(sequences, 4096, 4096, Costs(call=1.0, join=0.0, token=5000.0))
+    check(sequences, shared)
+    assert any(b.links for b in shared.batches) and shared.statistics.planned < laid.statistics.planned
 
 
 def test_a_trunk_serves_later_batches_and_is_dropped_after_the_last() -> None:
