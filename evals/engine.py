@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shoal.evals.attention import Kept, Pass, attending
+from shoal.evals.head import Head
 from shoal.evals.heap import keep_free_heap
 from shoal.evals.tree import USUAL, Costs, Scored, Statistics, layout
 
@@ -111,6 +112,7 @@ class TreeEngine:
         if self.device.type == "cpu":
             keep_free_heap()
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        self._head = Head(model)
         # keyed by the identity of the sequences, which are kept beside: planning again costs nothing
         self._layouts: OrderedDict[tuple[int, ...], tuple[tuple[Scored, ...], list[Pass], Statistics]] = (
             OrderedDict()
@@ -121,6 +123,7 @@ class TreeEngine:
 
     def shrink(self) -> int:
         self._layouts.clear()
+        self._head.drop()
         if self.budget <= 32:
             return 0
         self.budget //= 2
@@ -174,7 +177,7 @@ class TreeEngine:
 
     def _targets(self, one: Pass) -> tuple[Any, Any]:
         """Log-probability of every target of a pass, and whether it is the most likely token."""
-        with attending(self.model, one):
+        with attending(self.model, one), self._head.kept():
             logits = self.model(
                 input_ids=one.tokens,
                 position_ids=one.positions,
@@ -185,8 +188,8 @@ class TreeEngine:
         normal, top = normalisers(logits)
         picked = logits[index, token].float()
         best = picked == top[index]
-        if bool(best.any()):  # of equal logits the first token is the likeliest
-            best[best.clone()] = logits[index[best]].argmax(dim=-1) == token[best]
+        likeliest = first_of_the_largest(logits, torch.unique(index[best]))
+        best &= likeliest[index] == token
         return (picked - normal[index]).double().cpu().numpy(), best.cpu().numpy()
 
 
@@ -204,6 +207,17 @@ def normalisers(logits: Tensor) -> tuple[Tensor, Tensor]:
         sums.append(top - torch.log_softmax(part, dim=-1).amax(dim=-1))
         tops.append(top)
     return torch.cat(sums), torch.cat(tops)
+
+
+def first_of_the_largest(logits: Tensor, rows: Tensor) -> Tensor:
+    """Per row of `logits` [N, vocabulary] the first index of its largest logit, -1 in rows that are not in `rows`."""
+    found = torch.full((len(logits),), -1, dtype=torch.long, device=logits.device)
+    if logits.device.type != "cpu":
+        found[rows] = logits[rows].argmax(dim=-1)
+        return found
+    for row in rows.tolist():  # a copy of the rows takes longer than looking through them
+        found[row] = logits[row].argmax()
+    return found
 
 
 class PlainEngine:
