@@ -37,6 +37,7 @@ from lm_eval.models.huggingface import HFLM
 from machine import machine
 from shapes import configuration
 
+from shoal.evals import abreast
 from shoal.evals.catalogue import Catalogue
 from shoal.evals.quiet import quiet_libraries
 from shoal.evals.requests import PromptSpec, build_requests, fresh
@@ -48,9 +49,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS = 32  # ours: most rows of a batch
 
 
-def ours(model: Any, tokenizer: Any, rows: int = ROWS) -> Any:
+def ours(model: Any, tokenizer: Any, rows: int = ROWS, max_tokens: int | None = None) -> Any:
     with quiet_libraries():
-        return ResidentLM(pretrained=model, tokenizer=tokenizer, batch_size=rows)
+        return ResidentLM(pretrained=model, tokenizer=tokenizer, batch_size=rows, max_tokens=max_tokens)
 
 
 def peer(model: Any, tokenizer: Any, rows: int) -> Any:
@@ -148,7 +149,7 @@ def product_rates(quick: bool) -> dict[str, float]:
 @torch.inference_mode()
 def dense_rates(models: dict[str, Any], quick: bool) -> dict[str, dict[str, float]]:
     """Tokens per second of the plain forward pass without logits, per dtype and shape (rows x tokens)."""
-    shapes = ((4, 64), (1, 256)) if quick else ((1, 256), (1, 1024), (4, 256), (8, 128), (32, 32))
+    shapes = ((4, 64), (1, 256)) if quick else ((1, 256), (1, 1024), (4, 256), (8, 128), (16, 128), (32, 32))
     found: dict[str, dict[str, float]] = {}
     for name, model in models.items():
         found[name] = {}
@@ -161,6 +162,20 @@ def dense_rates(models: dict[str, Any], quick: bool) -> dict[str, dict[str, floa
             run()
             found[name][f"{rows}x{width}"] = rows * width / fastest(run, 2)
     return found
+
+
+@torch.inference_mode()
+def dense_abreast_rate(model: Any, shape: str) -> float:
+    """Tokens per second of plain forward passes of one shape, as many at once as there are threads, a thread each."""
+    count = torch.get_num_threads()
+    rows, width = map(int, shape.split("x"))
+
+    def run(ids: Any) -> None:
+        model.base_model(input_ids=ids, use_cache=False)
+
+    work = [torch.randint(10, 1000, (rows, width)) for _ in range(count)]
+    seconds = fastest(lambda: list(abreast.run(run, work, abreast.Trunks(), count)), 3)
+    return count * rows * width / seconds
 
 
 # ---- what there is to compute
@@ -270,7 +285,12 @@ def later_candidate(lm: Any, work: Work, times: int) -> Row:
         start = time.perf_counter()
         scorer.score(items)  # type: ignore[arg-type]
         found.append(time.perf_counter() - start)
+    # what is outside is measured with passes one after the other: beside another pass it would hide behind it
+    alone = ours(lm.model, lm.tokenizer, max_tokens=abreast.PASS)
+    scorer = Scorer(alone, {key: PlannedTask(work.source, work.items)})  # type: ignore[dict-item]
+    scorer.score(items)  # type: ignore[arg-type]
     change()
+    alone.forget()
     with forward_clock(lm.model) as inside:
         start = time.perf_counter()
         scorer.score(items)  # type: ignore[arg-type]
@@ -280,7 +300,8 @@ def later_candidate(lm: Any, work: Work, times: int) -> Row:
     return {
         "candidate_s": min(found),
         "candidate_outside_forward_s": watched - sum(inside),
-        "candidate_outside_forward_share": 1 - sum(inside) / watched,
+        "candidate_outside_forward_share": (watched - sum(inside)) / min(found),
+        "candidate_one_by_one_s": watched,
     }
 
 
@@ -381,6 +402,8 @@ def measure(work: Work, models: dict[str, Any], tokenizer: Any, limits: Row, qui
         "peer_tried_s": tried,
         **later,
         "peer_over_candidate": min(theirs) / later["candidate_s"],
+        "candidate_of_limit": planned / later["candidate_s"] / limits["dense_tokens_s"],
+        "candidate_of_limit_abreast": planned / later["candidate_s"] / limits["dense_abreast_tokens_s"],
         "float32": equality,
         "engine": lm.engine_words(),
         "plan": None if planned_by_us is None else dataclasses.asdict(planned_by_us),
@@ -419,10 +442,13 @@ def main() -> None:
     models, tokenizer, what = load(arguments.model, arguments.data)
     started = time.perf_counter()
     products, dense = product_rates(arguments.quick), dense_rates(models, arguments.quick)
+    rates = {(name, shape): rate for name, shapes in dense.items() for shape, rate in shapes.items()}
+    best = max(rates, key=lambda key: rates[key])
     limits: Row = {
         "matrix_product_flop_s": products,
+        "dense_abreast_tokens_s": dense_abreast_rate(models[best[0]], best[1]),
         "dense_forward_tokens_s": dense,
-        "dense_tokens_s": max(rate for shapes in dense.values() for rate in shapes.values()),
+        "dense_tokens_s": rates[best],
     }
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as scratch:

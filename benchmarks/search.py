@@ -1,6 +1,6 @@
 """Which search finds more for the same number of item-evaluations, and whether what it reports is true.
 
-    python benchmarks/search.py --json FILE [--quick] [--family simulated|tiny] [--seeds N] [--first-seed S]
+    python benchmarks/search.py --json FILE [--quick] [--family simulated|tiny] [--seeds N] [--first-seed S] [--rows F]
 
 Family `simulated` is the item model of item_model.py, family `tiny` real merges of the tiny zoo through `shoal evolve`.
 Compared at equal item-evaluations, with the same seeds: ours; ours with each ingredient off;
@@ -37,7 +37,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from multiprocessing import get_context
@@ -553,10 +553,25 @@ def _tiny(arguments: tuple[Setting, int, int]) -> dict[str, Any]:
     return row
 
 
-def tiny(chosen: Sequence[Setting], seeds: Sequence[int], full: int, processes: int) -> list[dict[str, Any]]:
-    """All runs on the tiny zoo; one resident model per process. Set OMP_NUM_THREADS to cores / processes."""
+def tiny(
+    chosen: Sequence[Setting], seeds: Sequence[int], full: int, processes: int, done: Path | None
+) -> list[dict[str, Any]]:
+    """All runs on the tiny zoo; one resident model per process. Set OMP_NUM_THREADS to cores / processes.
+
+    done: a file of finished runs, a JSON object per line, which are not run again; what is run is added to it.
+    """
+    rows = [json.loads(line) for line in done.read_text().splitlines()] if done and done.exists() else []
+    known = {(row["setting"], row["seed"], row["full"]) for row in rows}
+    todo = [(s, seed, full) for seed in seeds for s in chosen if (s.name, seed, full) not in known]
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        return list(pool.map(_tiny, [(setting, seed, full) for seed in seeds for setting in chosen]))
+        for future in as_completed([pool.submit(_tiny, one) for one in todo]):
+            rows.append({**future.result(), "full": full})
+            if done:
+                with done.open("a") as file:
+                    file.write(json.dumps(rows[-1], default=float) + "\n")
+    names = [s.name for s in chosen]
+    wanted = [r for r in rows if r["setting"] in names and r["seed"] in seeds and r["full"] == full]
+    return sorted(wanted, key=lambda row: (row["seed"], names.index(row["setting"])))
 
 
 def main() -> None:
@@ -572,6 +587,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--only", help="names of settings, separated by semicolons, beside ours and mergekit-evolve's"
+    )
+    parser.add_argument(
+        "--rows", type=Path, help="tiny: finished runs, added to and not repeated (JSON lines)"
     )
     parser.add_argument("--full", type=int, help="item-evaluations of every run")
     parser.add_argument("--processes", type=int, default=2)
@@ -596,7 +614,7 @@ def main() -> None:
     rows = (
         simulated(chosen, seeds, full, arguments.processes)
         if simulate
-        else tiny(chosen, seeds, full, arguments.processes)
+        else tiny(chosen, seeds, full, arguments.processes, arguments.rows)
     )
     found = summary(rows, full)
     show(found)

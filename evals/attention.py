@@ -9,6 +9,7 @@ Gimelshein 2018, arXiv:1805.02867, section 3).
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,16 +68,12 @@ class Attends(Protocol):
         ...
 
 
-_CURRENT: list[Attends] = []
+_STATE = threading.local()  # attends: who attends for the model in this thread
 
 
 @contextmanager
-def attending(model: Any, current: Attends) -> Iterator[None]:
-    """Within this block the model attends by `current`.
-
-    Raises:
-        Unsupported: the model's attention does not go through transformers' attention functions.
-    """
+def implementing(model: Any) -> Iterator[None]:
+    """Within this block the model's attention, in all threads, is what `attending` says."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
@@ -84,15 +81,27 @@ def attending(model: Any, current: Attends) -> Iterator[None]:
     config = model.config
     before = config._attn_implementation
     config._attn_implementation = NAME
-    _CURRENT.append(current)
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def attending(model: Any, current: Attends) -> Iterator[None]:
+    """Within this block, which is within one of `implementing`, the model attends by `current` in this thread.
+
+    Raises:
+        Unsupported: the model's attention does not go through transformers' attention functions.
+    """
+    _STATE.attends = current
     current.layer = 0
     try:
         yield
         if current.layer == 0:
             raise Unsupported(f"{type(model).__name__} has attention of its own")
     finally:
-        _CURRENT.pop()
-        config._attn_implementation = before
+        del _STATE.attends
 
 
 def _attention(
@@ -109,7 +118,7 @@ def _attention(
     unknown = [name for name, value in others.items() if value is not None and name not in _IGNORED]
     if unknown or attention_mask is not None:
         raise Unsupported(f"attention with {unknown[0] if unknown else 'a mask of its own'} is unknown here")
-    current = _CURRENT[-1]
+    current: Attends = _STATE.attends
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = current.layer
     current.layer += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.evals.attention import Kept, Pass, attending
+from shoal.evals import abreast
+from shoal.evals.abreast import Trunks
+from shoal.evals.attention import Pass, attending, implementing
 from shoal.evals.head import Head
 from shoal.evals.heap import keep_free_heap
 from shoal.evals.tree import USUAL, Costs, Scored, Statistics, layout
@@ -61,7 +64,10 @@ class Engine(Protocol):
     def words(self) -> str: ...
 
 
-def default_budget(device: torch.device) -> int:
+def default_budget(device: torch.device, passes: int = 1) -> int:
+    """Tokens that are computed at once, by so many passes."""
+    if passes > 1:
+        return passes * abreast.PASS
     return BUDGET_CPU if device.type == "cpu" else BUDGET_GPU
 
 
@@ -99,27 +105,48 @@ def costs_of(model: Any) -> Costs:
     )
 
 
-class TreeEngine:
-    """Over a token tree. budget: tokens of a forward pass."""
+@dataclass(frozen=True)
+class _Planned:
+    """Passes over `sequences`, which are kept so that their identity stays theirs, and the trunks of these passes."""
 
-    def __init__(self, model: Any, budget: int | None = None, work: Work | None = None) -> None:
+    sequences: tuple[Scored, ...]
+    passes: list[Pass]
+    trunks: Trunks
+    statistics: Statistics
+
+
+class TreeEngine:
+    """Over a token tree. budget: tokens that are computed at once. most: passes that share them."""
+
+    def __init__(
+        self,
+        model: Any,
+        budget: int | None = None,
+        work: Work | None = None,
+        most: int | None = None,
+    ) -> None:
         self.model = model
         self.work = work or Work()
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
-        self.budget = budget or default_budget(self.device)
+        self._most = abreast.useful(model) if most is None else most
+        self.budget = budget or default_budget(self.device, self._most)
         self.costs = costs_of(model)
         if self.device.type == "cpu":
             keep_free_heap()
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
         self._head = Head(model)
         # keyed by the identity of the sequences, which are kept beside: planning again costs nothing
-        self._layouts: OrderedDict[tuple[int, ...], tuple[tuple[Scored, ...], list[Pass], Statistics]] = (
-            OrderedDict()
-        )
+        self._layouts: OrderedDict[tuple[int, ...], _Planned] = OrderedDict()
+
+    @property
+    def abreast(self) -> int:
+        """Passes at once."""
+        return max(1, min(self._most, self.budget // abreast.PASS))
 
     def words(self) -> str:
-        return f"token tree, {self.budget} tokens per pass"
+        together = f", {self.abreast} passes at once" if self.abreast > 1 else ""
+        return f"token tree, {self.budget // self.abreast} tokens per pass{together}"
 
     def shrink(self) -> int:
         self._layouts.clear()
@@ -131,48 +158,50 @@ class TreeEngine:
 
     def forget(self) -> None:
         """Drop keys and values that a broken-off pass may have left; they are of old weights."""
-        for _, passes, _ in self._layouts.values():
-            for one in passes:
-                one.kept.clear()
+        for planned in self._layouts.values():
+            planned.trunks.clear()
 
     def plan(self, sequences: Sequence[Scored]) -> Statistics:
         """Lay `sequences` out, unless that is done; what it costs."""
-        return self._planned(tuple(sequences))[1]
+        return self._planned(tuple(sequences)).statistics
 
-    def _planned(self, sequences: tuple[Scored, ...]) -> tuple[list[Pass], Statistics]:
+    def _planned(self, sequences: tuple[Scored, ...]) -> _Planned:
         key = tuple(map(id, sequences))
         found = self._layouts.get(key)
         if found is None:
-            laid = layout(sequences, self.budget, max(1, LOGITS // self.vocabulary), self.costs)
+            most = max(1, LOGITS // self.abreast // self.vocabulary)
+            laid = layout(sequences, self.budget // self.abreast, most, self.costs, self.abreast)
             passes = [Pass.of(b, self.dtype, self.device) for b in laid.batches]
-            kept: Kept = {}
+            trunks = Trunks()
             for one in passes:
-                one.kept = kept
-            found = self._layouts[key] = (sequences, passes, laid.statistics)
+                one.kept = trunks
+            found = self._layouts[key] = _Planned(sequences, passes, trunks, laid.statistics)
             while len(self._layouts) > LAYOUTS:
                 self._layouts.popitem(last=False)
         self._layouts.move_to_end(key)
-        return found[1], found[2]
+        return found
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Scored]) -> list[LogLikelihood]:
         if not sequences:
             return []
-        passes, costs = self._planned(tuple(sequences))
+        planned = self._planned(tuple(sequences))
+        passes, trunks, costs = planned.passes, planned.trunks, planned.statistics
         self.work.add(costs.planned, costs.pairs, costs.logits)
         sums = np.zeros(len(sequences))
         greedy = np.ones(len(sequences), dtype=bool)
         try:
-            for one in passes:
-                picked, best = self._targets(one)
-                owner = one.batch.reads[2]
-                np.add.at(sums, owner, picked)
-                np.logical_and.at(greedy, owner, best)
-                for row in one.batch.drop:
-                    for layer_row in [k for k in one.kept if k[1] == row]:
-                        del one.kept[layer_row]
+            computed = abreast.run(self._targets, passes, trunks, self.abreast)
+            with implementing(self.model), self._head.ready(), closing(computed) as found:
+                for one, (picked, best) in zip(passes, found, strict=True):
+                    owner = one.batch.reads[2]
+                    np.add.at(sums, owner, picked)
+                    np.logical_and.at(greedy, owner, best)
+                    # passes before this one have ended, and none after it needs these
+                    for row in one.batch.drop:
+                        trunks.forget(row)
         finally:
-            passes[0].kept.clear()
+            trunks.clear()
         return [LogLikelihood(float(s), bool(g)) for s, g in zip(sums, greedy, strict=True)]
 
     def _targets(self, one: Pass) -> tuple[Any, Any]:
@@ -288,7 +317,7 @@ def excerpt(tokens: tuple[int, ...], model: Any, least: int = 1) -> tuple[int, .
     least: how many tokens of the end are needed.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    head, tail = 96, max(32, least)
+    head, tail = 48, max(16, least)
     if len(tokens) <= head + tail or (window is not None and window < len(tokens)):
         return tokens
     return tokens[:head] + tokens[-tail:]

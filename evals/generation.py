@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.evals.attention import Kept, Pass, Unsupported, attending
+from shoal.evals.attention import Kept, Pass, Unsupported, attending, implementing
 from shoal.evals.engine import Work, costs_of
 from shoal.evals.slots import Filling, Slots, Step
 from shoal.evals.tree import Prompts, prompts
@@ -107,20 +107,21 @@ class Generator:
         slots = Slots(self._count(requests, laid))
         kept: Kept = {}
         left = _uses(laid, order)
-        while queue or running:
-            admitted: list[int] = []
-            tokens = 0
-            while queue and len(running) + len(admitted) < slots.count:
-                new = len(laid.rows[laid.row_of[queue[0]]].tokens)
-                if admitted and tokens + new > self.budget:
-                    break
-                admitted.append(queue.popleft())
-                tokens += new
-            if admitted:
-                running += self._admit(requests, laid, admitted, len(running), slots, kept)
-            else:
-                self._step(laid, running, slots, kept)
-            self._retire(running, results, slots, kept, left)
+        with implementing(self.model):
+            while queue or running:
+                admitted: list[int] = []
+                tokens = 0
+                while queue and len(running) + len(admitted) < slots.count:
+                    new = len(laid.rows[laid.row_of[queue[0]]].tokens)
+                    if admitted and tokens + new > self.budget:
+                        break
+                    admitted.append(queue.popleft())
+                    tokens += new
+                if admitted:
+                    running += self._admit(requests, laid, admitted, len(running), slots, kept)
+                else:
+                    self._step(laid, running, slots, kept)
+                self._retire(running, results, slots, kept, left)
         return results
 
     def _count(self, requests: Sequence[Request], laid: Prompts) -> int:

@@ -18,6 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from shoal.errors import EvaluationError
+from shoal.evals import abreast
 from shoal.evals.attention import Unsupported
 from shoal.evals.engine import (
     Engine,
@@ -60,8 +61,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class ResidentLM(HFLM):  # type: ignore[misc]
     """As HFLM, with its arguments. pretrained: a name, a folder, or a model object.
 
-    batch_size: rows of a plain batch, and sequences that generate at once; `auto` means 64. max_tokens: tokens of a
-    forward pass over a token tree (None: 1280 on a CPU, 16384 on a GPU). engine: `auto`, `tree` or `plain`.
+    batch_size: rows of a plain batch, and sequences that generate at once; `auto` means 64. max_tokens: tokens that are
+    computed at once over a token tree (None: 1280 on a CPU, 2048 in each pass where passes are computed abreast, 16384
+    on a GPU). engine: `auto`, `tree` or `plain`.
     memory_limit: bytes that this process may use on a CPU; passes over the tree are made small enough from the start.
     Any batch is halved when memory runs out all the same.
     """
@@ -91,19 +93,26 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         self._plain = PlainEngine(self.model, rows, self.work) if self.backend == "causal" else None
         self._tree: TreeEngine | None = None
         if engine != "plain" and self._plain is not None and accepts_tree(self.model):
-            tokens = max_tokens or default_budget(self.device)
+            passes = abreast.useful(self.model)
+            tokens = max_tokens or default_budget(self.device, passes)
             if self.device.type == "cpu":
                 # every token may be a target, and logits are normalised in pieces
                 limit, dtype = MemoryLimit(memory_limit), next(self.model.parameters()).dtype
                 tokens = limit.tokens(self.model.config, dtype, 1.0, tokens, logit_bytes=dtype.itemsize)
-            self._tree = TreeEngine(self.model, tokens, self.work)
+            self._tree = TreeEngine(self.model, tokens, self.work, passes)
         elif engine == "tree":
             raise EvaluationError("engine: tree needs a causal model whose forward takes logits_to_keep")
         self._checked = engine == "tree" or self._tree is None
         ends = [self.eot_token_id, *_listed(getattr(self.model.generation_config, "eos_token_id", None))]
         self.ends = frozenset(e for e in ends if e is not None)  # a text ends after one of these
         self._generator = (
-            Generator(self.model, sorted(self.ends), rows, self._tree.budget, self.work)
+            Generator(
+                self.model,
+                sorted(self.ends),
+                rows,
+                min(self._tree.budget, default_budget(self.device)),
+                self.work,
+            )
             if self._tree is not None
             else None
         )

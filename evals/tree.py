@@ -22,6 +22,7 @@ Ints = NDArray[np.int64]
 
 SHORT = 32  # a row costs as if it were longer by this
 ROW = 512  # longest subtree in one row
+LEAST = 128  # tokens of a batch that is made for the sake of batches abreast
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,13 @@ class Layout:
     statistics: Statistics
 
 
-def layout(sequences: Sequence[Scored], budget: int, logits: int, costs: Costs = USUAL) -> Layout:
+def layout(
+    sequences: Sequence[Scored], budget: int, logits: int, costs: Costs = USUAL, abreast: int = 1
+) -> Layout:
     """Lay out `sequences`: at most `budget` tokens and `logits` scored positions per batch (a single row may be longer).
 
-    Equal sequences and equal beginnings are computed once.
+    Equal sequences and equal beginnings are computed once. abreast: batches that are computed at once, so that their
+    number is made a multiple of it.
     """
     roots = _trees(sequences)
     rows: list[Row] = []
@@ -160,7 +164,7 @@ def layout(sequences: Sequence[Scored], budget: int, logits: int, costs: Costs =
         _decide(root, costs)
         _place(root, (), rows)
     targets = [_targets(rows, node, index, sequences[index]) for node, index in _ends(order)]
-    return _pack(sequences, rows, targets, budget, logits, costs)
+    return _pack(sequences, rows, targets, budget, logits, costs, abreast)
 
 
 @dataclass(frozen=True)
@@ -372,6 +376,7 @@ def _pack(
     budget: int,
     logits: int,
     costs: Costs,
+    abreast: int,
 ) -> Layout:
     where = np.concatenate([r for _, r, _ in targets]) if targets else np.zeros(0, dtype=np.int64)
     offset = np.concatenate([o for _, _, o in targets]) if targets else np.zeros(0, dtype=np.int64)
@@ -391,9 +396,11 @@ def _pack(
     size = scored = 0
     total = sum(len(r.tokens) for r in rows)
     # passes of one size: a small one at the end would be slow for its tokens
-    budget = min(
-        budget, -(-total // max(1, -(-total // budget))) + max((len(r.tokens) for r in rows), default=0) // 2
-    )
+    count = max(1, -(-total // budget))
+    if total >= abreast * LEAST:
+        count = -(-count // abreast) * abreast
+    longest = max((len(r.tokens) for r in rows), default=0)
+    budget = min(budget, -(-total // count) + longest // 2)
     for row in range(len(rows)):
         length = len(rows[row].tokens)
         if not groups or size + length > budget or scored + needed[row] > logits:
