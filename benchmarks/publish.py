@@ -24,10 +24,10 @@ from typing import Any
 
 from machine import machine
 
-from shoal import load_recipe, zoo
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from hub.local_hub import LocalHub
+from hub.tiny_zoo import TOKEN, USER, put_zoo, quickstart
 
-ROOT = Path(__file__).parent.parent
-USER, TOKEN = "example", "hf_aTokenOfTheLocalHub"
 RECIPE_ONLY, WEIGHTS = f"{USER}/quickstart", f"{USER}/quickstart-weights"
 CUTS = 5
 
@@ -66,41 +66,19 @@ class Commands:
         return done.stdout + done.stderr
 
 
-def hub_recipe(budget: int | None) -> str:
-    """The quickstart with its models on the Hub."""
-    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml")
-
-    def there(name: str) -> str:
-        return name.replace("zoo:tiny/", f"{USER}/tiny-")
-
-    search = recipe.search.model_copy(update={"budget": budget or recipe.search.budget})
-    changes = {
-        "base_model": there(recipe.base_model or ""),
-        "models": tuple(map(there, recipe.models)),
-        "search": search,
-    }
-    return recipe.model_copy(update=changes).to_yaml()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--reader", default=sys.executable, help="python of the reader's environment")
     parser.add_argument("--budget", type=int, help="candidates; default: the quickstart's")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "tests"))
-    from hub.local_hub import LocalHub
 
     about = machine()
     with tempfile.TemporaryDirectory(prefix="shoal-hub-") as scratch, LocalHub() as hub:
         place = Path(scratch)
         commands = Commands(place)
-        hub.add_user(USER, TOKEN)
-        card = f"---\nlicense: {zoo.licence('tiny')}\nlanguage: en\n---\n# A model of shoal's tiny zoo\n"
-        for member in zoo.names("tiny"):
-            files = {path.name: path.read_bytes() for path in zoo.member_path("tiny", member).iterdir()}
-            hub.add_repo(f"{USER}/tiny-{member}", files | {"README.md": card.encode()})
-        (place / "recipe.yaml").write_text(hub_recipe(arguments.budget), encoding="utf-8")
+        put_zoo(hub)
+        (place / "recipe.yaml").write_text(quickstart(arguments.budget), encoding="utf-8")
 
         mine = hub.environment(place / "publisher" / "hf", TOKEN) | {
             "SHOAL_CACHE": str(place / "publisher" / "shoal")

@@ -20,7 +20,10 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
-USER, TOKEN = "example", "hf_aTokenOfTheLocalHub"
+sys.path.append(str(HERE.parent / "tests"))
+from hub.local_hub import LocalHub
+from hub.tiny_zoo import TOKEN, USER, put_zoo, quickstart
+
 REPO = f"{USER}/quickstart"
 BUDGET = 55
 # in a process of its own, for huggingface_hub reads its variables once
@@ -33,44 +36,16 @@ def published(folder: Path) -> Iterator[dict[str, str]]:
 
     folder: for the run, in `run`, and the caches of publisher and reader.
     """
-    tests = str(HERE.parent / "tests")
-    if tests not in sys.path:
-        sys.path.insert(0, tests)
-    from hub.local_hub import LocalHub
-
-    from shoal import zoo
-
     with LocalHub() as hub:
-        hub.add_user(USER, TOKEN)
-        card = f"---\nlicense: {zoo.licence('tiny')}\nlanguage: en\n---\n# A model of shoal's tiny zoo\n"
-        for member in zoo.names("tiny"):
-            files = {path.name: path.read_bytes() for path in zoo.member_path("tiny", member).iterdir()}
-            hub.add_repo(f"{USER}/tiny-{member}", files | {"README.md": card.encode()})
+        put_zoo(hub)
         folder.mkdir(parents=True)
-        (folder / "recipe.yaml").write_text(_recipe(), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(quickstart(BUDGET), encoding="utf-8")
         subprocess.run(
             [sys.executable, "-c", PUBLISH, str(folder / "recipe.yaml"), str(folder / "run"), REPO],
             env=os.environ | hub.environment(folder / "publisher", TOKEN),
             check=True,
         )
         yield hub.environment(folder / "reader") | {"SHOAL_REPO": REPO, "SHOAL_RUN": str(folder / "run")}
-
-
-def _recipe() -> str:
-    """The quickstart with fewer candidates, its models on the Hub."""
-    import shoal
-
-    recipe = shoal.load_recipe(HERE.parent / "recipes" / "quickstart.yaml")
-
-    def there(name: str) -> str:
-        return name.replace("zoo:tiny/", f"{USER}/tiny-")
-
-    changes = {
-        "base_model": there(recipe.base_model or ""),
-        "models": tuple(map(there, recipe.models)),
-        "search": recipe.search.model_copy(update={"budget": BUDGET}),
-    }
-    return recipe.model_copy(update=changes).to_yaml()
 
 
 def execute(path: Path, folder: Path, variables: Mapping[str, str]) -> nbformat.NotebookNode:

@@ -133,14 +133,27 @@ class Chromium:
         """Wait until the page has been painted twice."""
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
+    def wait(self, selector: str) -> None:
+        """Until the page holds such an element, and has been painted with it."""
+        end = time.monotonic() + PATIENCE
+        while not self.run(f"!!document.querySelector({json.dumps(selector)})"):
+            assert time.monotonic() < end, f"no {selector}; {self.problems}"
+            time.sleep(0.02)
+        self.settle()
+
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression, a promise's when it is kept."""
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def picture(self, out: Path, whole: bool = True) -> None:
-        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
+    def picture(self, out: Path, whole: bool = True, size: tuple[int, int] | None = None) -> None:
+        """size: width and height from the page's top left corner, one pixel each; else all of it, or what is in view."""
+        view: dict[str, Any] = {"captureBeyondViewport": whole}
+        if size is not None:
+            ratio = self.run("devicePixelRatio")
+            view |= {"clip": {"x": 0, "y": 0, "width": size[0], "height": size[1], "scale": 1 / ratio}}
+        data = self.call("Page.captureScreenshot", format="png", **view)["data"]
         out.write_bytes(base64.b64decode(data))
 
     def pdf(self, out: Path) -> None:

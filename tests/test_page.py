@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import html
 import json
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import yaml
 from chromium import Chromium, find_chromium
+from plotly.offline import get_plotlyjs
 from runs import Meddler, meddled, recipe
 from typer.testing import CliRunner
 
@@ -364,14 +366,17 @@ def test_no_name_and_no_text_is_read_as_html(attacked: Path) -> None:
     assert len([task for task in gather(attacked.parent).items if task.gained or task.lost])
     *data, plotly, ours = outline.scripts
     assert data and all(kind == "application/json" for kind, _ in data)
-    assert plotly[0] is ours[0] is None
+    # Plotly is compressed: it is not run as it stands, but unpacked
+    assert plotly[0] == "application/gzip" and ours[0] is None
+    unpacked = gzip.decompress(base64.b64decode(plotly[1], validate=True)).decode()
+    assert unpacked == get_plotlyjs() and len(text) < 0.6 * len(unpacked)
     # the two scripts are those that the page's own policy names, and no other may run
     (policy,) = [m["content"] for m in outline.of("meta") if m.get("http-equiv") == "Content-Security-Policy"]
     assert policy is not None and "default-src 'none'" in policy
     (allowed,) = re.findall(r"script-src ([^;]+);", policy)
-    digests = [base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for _, t in (plotly, ours)]
+    digests = [base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in (unpacked, ours[1])]
     assert allowed.split() == [f"'sha256-{digest}'" for digest in digests]
-    assert not outline.of("b") and ATTACK not in plotly[1] + ours[1]
+    assert not outline.of("b") and ATTACK not in unpacked + ours[1]
     for _, figure in data:
         assert not set("<>&") & set(figure)
         json.loads(figure)
@@ -627,6 +632,7 @@ def test_a_browser_shows_it_without_complaint(attacked: Path, tmp_path: Path) ->
     with Chromium(program, tmp_path / "profile") as browser:
         for width, dark, phone in ((1280, False, False), (375, False, True), (1280, True, False)):
             browser.open(attacked, width, dark=dark, phone=phone)
+            browser.wait("html.drawn")
             assert browser.problems == []
             assert {url.partition(":")[0] for url in browser.requests} <= {"file", "data"}
             assert browser.run("document.title").startswith(f"attack {ATTACK}")
@@ -657,6 +663,22 @@ def test_a_browser_shows_it_without_complaint(attacked: Path, tmp_path: Path) ->
         assert browser.run("typeof window.owned") == "undefined"
         browser.pdf(tmp_path / "page.pdf")
         assert (tmp_path / "page.pdf").stat().st_size > 20_000
+
+
+@pytest.mark.skipif(program is None, reason="no Chromium on PATH (Debian: apt-get install chromium)")
+def test_a_browser_runs_nothing_else_than_plotly(attacked: Path, tmp_path: Path) -> None:
+    assert program is not None
+    other = base64.b64encode(gzip.compress(b"window.owned = 1; window.Plotly = {}")).decode()
+    page = tmp_path / "page.html"
+    with Chromium(program, tmp_path / "profile") as browser:
+        for packed, said in ((other, "not what was packed"), ("AAAA", "cannot unpack")):
+            text = attacked.read_text()
+            changed = re.sub(r'(id="plotly">)[^<]+', lambda m, packed=packed: m[1] + packed, text)  # type: ignore[misc]
+            page.write_text(changed)
+            browser.open(page, 1280)
+            browser.wait("[data-figure]:not(:empty)")
+            assert said in browser.run("document.getElementById('differences').textContent")
+            assert browser.run("typeof window.owned + document.documentElement.className") == "undefined"
 
 
 @pytest.mark.skipif(program is None, reason="no Chromium on PATH (Debian: apt-get install chromium)")

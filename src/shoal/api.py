@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from shoal.endpoint import Say
 from shoal.errors import RecipeError, RunError
 from shoal.finished import Run, load_run
 from shoal.folder import RunFolder
-from shoal.hub.download import Downloaded, download
+from shoal.hub import download as download_room
+from shoal.hub import publish as publish_room
+from shoal.hub import reproduce as reproduce_room
+from shoal.hub.described import Publication
+from shoal.hub.download import Downloaded
+from shoal.hub.fetch import DEFAULT_LIMITS, Limits
 from shoal.hub.lineage import openings_before
-from shoal.hub.publish import dry_run, publish
-from shoal.hub.reproduce import Reproduction, reproduce
+from shoal.hub.reproduce import Reproduction
 from shoal.hub.roots import merges_of
 from shoal.hub.start import followed, published_parent, published_start
+from shoal.hub.upload import Published
 from shoal.merge_run import write_candidate
-from shoal.notebook import watching
+from shoal.notebook import telling, watching
 from shoal.page import Live
 from shoal.recipe import Recipe, load_recipe
 from shoal.report import write_plots
 from shoal.run import evolve as evolve_run
 from shoal.score import score_model as score
-from shoal.stages.observer import Observer
+from shoal.stages.observer import Observer, Warned
 from shoal.tracking import Tracking, chosen
 
 __all__ = [
     "Downloaded",
+    "Publication",
+    "Published",
     "Reproduction",
     "Run",
     "download",
@@ -118,7 +126,8 @@ def evolve(
         loaded = given
         where = place or Path("runs") / loaded.name
         merges = {} if RunFolder(where).started else merges_of(loaded, folder, watched.say)
-        with Live(where, watched) as live, Tracking(where, trackers, live) as seen:
+        warn = watched.warn if isinstance(watched, Warned) else None
+        with Live(where, watched) as live, Tracking(where, trackers, live, warn) as seen:
             result = evolve_run(
                 loaded,
                 where,
@@ -134,3 +143,114 @@ def evolve(
             )
     write_plots(where)
     return result
+
+
+def publish(
+    run: str | Path,
+    repo: str,
+    *,
+    weights: bool = False,
+    private: bool = False,
+    license: str | None = None,
+    include_item_text: bool = False,
+    confirm: Callable[[Publication], bool] = lambda publication: True,
+    quiet: bool = False,
+    say: Say | None = None,
+) -> Published | None:
+    """Build the publication of a finished run and upload it as one commit; None where `confirm` says no.
+
+    weights: with the merged model; without them others rebuild it from its parents. license: of parents for which none
+    is found. include_item_text: rendered requests of custom tasks. confirm: is shown the publication before anything is
+    sent. say: what is told each step; by default bars in a notebook, unless `quiet`, and nothing elsewhere. A call that
+    was interrupted goes on at the next file when it is repeated.
+
+    Raises:
+        ShoalError: it may not be published, or cannot be uploaded; nothing half-published is visible.
+    """
+    with telling(f"publish {repo}", say, quiet) as told:
+        return publish_room.publish(
+            run,
+            repo,
+            weights=weights,
+            private=private,
+            license=license,
+            include_item_text=include_item_text,
+            confirm=confirm,
+            say=told,
+        )
+
+
+def dry_run(
+    run: str | Path,
+    repo: str,
+    out: str | Path,
+    *,
+    weights: bool = False,
+    license: str | None = None,
+    include_item_text: bool = False,
+    quiet: bool = False,
+    say: Say | None = None,
+) -> Publication:
+    """Write to the folder `out` what `publish` would send, and send nothing.
+
+    Raises:
+        ShoalError: as `publish`.
+    """
+    with telling(f"dry run of {repo}", say, quiet) as told:
+        return publish_room.dry_run(
+            run, repo, out, weights=weights, license=license, include_item_text=include_item_text, say=told
+        )
+
+
+def download(
+    repo: str,
+    out: str | Path | None = None,
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    quiet: bool = False,
+    say: Say | None = None,
+) -> Downloaded:
+    """Fetch a published merge (`org/name`, or `org/name@revision`) as a model folder with its publication beside it.
+
+    Every hash is checked; a recipe without weights is made from its parents. out: must not exist, or be empty; default:
+    the repository's name in the working directory. say, quiet: as in `publish`.
+
+    Raises:
+        ShoalError: it cannot be fetched, is no publication of shoal, or anything in it has another hash than it says;
+            then `out` is not there.
+    """
+    with telling(f"download {repo}", say, quiet) as told:
+        return download_room.download(repo, out, limits=limits, say=told)
+
+
+def reproduce(
+    source: str | Path,
+    *,
+    score: bool = False,
+    include_path: str | Path | None = None,
+    trust_tasks: bool = False,
+    device: str = "auto",
+    limits: Limits = DEFAULT_LIMITS,
+    quiet: bool = False,
+    say: Say | None = None,
+) -> Reproduction:
+    """Rebuild a published winner from its lock and compare; with `score` measure its items again, too.
+
+    source: a repository (`org/name`, `org/name@revision`), a published lock.yaml, or a folder with one. include_path:
+    folder with the tasks that are not lm-eval's own. trust_tasks: use task YAML that the repository holds, which can
+    run code on this machine. say, quiet: as in `publish`.
+
+    Raises:
+        ShoalError: it cannot be fetched or rebuilt, or a task is not supplied. What merely differs is no error but a
+            check that does not agree.
+    """
+    with telling(f"reproduce {source}", say, quiet) as told:
+        return reproduce_room.reproduce(
+            source,
+            score=score,
+            include_path=include_path,
+            trust_tasks=trust_tasks,
+            device=device,
+            limits=limits,
+            say=told,
+        )

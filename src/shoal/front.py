@@ -14,10 +14,11 @@ WIDE, HIGH = 55.0, 11.0  # of a label, in pixels
 def scale_of(front: Front, task: str) -> float:
     """100 where the baselines' scores of a task are shares, which are shown in percent, else 1.
 
-    A candidate's may leave [0, 1]: it is an estimate from a few items.
+    All but the anchor's may leave [0, 1] by at most 1: they are the anchor's and a difference, estimated from a few items.
     """
-    shares = [e.places[task].score for e in front.entries if e.kind in BASELINES]
-    return 100.0 if all(0 <= score <= 1 for score in shares) else 1.0
+    shares = {e.id: e.places[task].score for e in front.entries if e.kind in BASELINES}
+    is_share = 0 <= shares[front.anchor] <= 1 and all(-1 <= score <= 2 for score in shares.values())
+    return 100.0 if is_share else 1.0
 
 
 def front_rows(front: Front, everyone: bool = False) -> tuple[list[str], list[list[str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,13 @@ class Lines:
     def say(self, text: str) -> None:
         if not self.quiet:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """What is no progress but must be known: on stderr where progress is hidden."""
+        if self.quiet:
+            print(text, file=sys.stderr)
+        else:
+            self.say(text)
 
     def begin(self, prepared: Prepared, done: int) -> None:
         self.say(
@@ -106,7 +114,7 @@ class Bars(Lines):
 
 
 def observer(console: Console, quiet: bool) -> Lines:
-    """Bars on a terminal, lines elsewhere, nothing but errors when quiet."""
+    """Bars on a terminal, lines elsewhere, nothing but warnings when quiet."""
     return Bars(console) if console.is_terminal and not quiet else Lines(console, quiet)
 
 

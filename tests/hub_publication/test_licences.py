@@ -14,9 +14,9 @@ HUB = {
     "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m",
     "bigscience-bloom-rail-1.0", "bigcode-openrail-m", "bsd-2-clause", "bsd-3-clause", "cc0-1.0",
     "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-3.0", "cc-by-nc-4.0",
-    "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0", "cdla-permissive-2.0", "wtfpl", "agpl-3.0",
+    "cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cdla-permissive-2.0", "wtfpl", "agpl-3.0",
     "gpl-2.0", "gpl-3.0", "lgpl-3.0", "isc", "mpl-2.0", "unlicense", "llama2", "llama3", "llama3.1",
-    "llama3.2", "llama3.3", "llama4", "gemma",
+    "llama3.2", "llama3.3", "gemma",
 }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def by_rule(*stated: str, repo: str = "ann/Llama-3-fish") -> str:
 
 @pytest.mark.parametrize("licence", table().values(), ids=str)
 def test_every_entry_says_where_it_is_from_and_contradicts_nothing(licence: Licence) -> None:
-    assert licence.name and licence.source and licence.link.startswith("http")
+    assert licence.name and licence.source and licence.checked and licence.link.startswith("http")
     assert licence.hub == (licence.id in HUB)
     assert set(licence.compatible) | set(licence.incompatible) <= set(table())
     assert not (licence.share_alike and licence.passes_on)
@@ -55,6 +55,13 @@ def test_every_entry_says_where_it_is_from_and_contradicts_nothing(licence: Lice
         (["apache-2.0", "llama3.1"], "llama3.1"),
         (["gemma", "llama3.2", "mit"], "gemma-and-llama3.2"),
         (["qwen", "apache-2.0"], "qwen"),
+        (["tongyi-qianwen-license-agreement"], "tongyi-qianwen"),
+        (["mpl-2.0", "gpl-2.0"], "gpl-2.0"),
+        (["gpl-3.0", "agpl-3.0"], "agpl-3.0"),
+        (["cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-4.0"], "cc-by-sa-4.0"),
+        (["cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"], "cc-by-nc-sa-4.0"),
+        (["apache-2.0", "bigcode-openrail-m"], "bigcode-openrail-m"),
+        (["llama4", "mit"], "llama4"),
     ],
 )
 def test_the_licence_of_a_merge(stated: list[str], expected: str) -> None:
@@ -66,6 +73,10 @@ def test_the_licence_of_a_merge(stated: list[str], expected: str) -> None:
     ("stated", "words"),
     [
         (["mit", "cc-by-nd-4.0"], "no derivatives"),
+        (["cc-by-nc-nd-3.0"], "no derivatives"),
+        (["gpl-2.0", "gpl-3.0"], "contradict"),
+        (["cc-by-sa-3.0", "gpl-3.0"], "contradict"),
+        (["openrail", "mit"], "'openrail', which shoal does not know"),
         (["gpl-3.0", "llama3.1"], "contradict"),
         (["gpl-2.0", "apache-2.0"], "contradict"),
         (["cc-by-sa-4.0", "cc-by-nc-sa-4.0"], "contradict"),
@@ -140,6 +151,20 @@ def test_a_stated_licence_cannot_overrule_what_is_known() -> None:
         terms(parents("llama3.1"), "ann/Llama-x", "mit")
     with pytest.raises(PublishError, match="leave --license out"):
         terms(parents("mit"), "ann/x", "my own")
+    assert terms(parents("gpl-3.0", "agpl-3.0"), "ann/x", "agpl-3.0").license == {"license": "agpl-3.0"}
+    for stated, wanted in (("gpl-3.0", "agpl-3.0"), ("mpl-2.0", "gpl-3.0")):  # only beside what is under it
+        with pytest.raises(PublishError, match=f"give {stated}; leave --license out"):
+            terms(parents(stated), "ann/x", wanted)
+
+
+def test_what_the_hub_has_no_id_for_is_named_with_its_link() -> None:
+    found = terms(parents("llama4"), "ann/Llama-x")
+    assert found.license == {
+        "license": "other",
+        "license_name": "llama4",
+        "license_link": "https://www.llama.com/llama4/license/",
+    }
+    assert "European Union" in found.remarks[0]
 
 
 def test_licence_files_are_recognised() -> None:
@@ -147,6 +172,9 @@ def test_licence_files_are_recognised() -> None:
     assert recognise(here) is table()["apache-2.0"]
     assert recognise("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nLlama 3.2 Version") is table()["llama3.2"]
     assert recognise("Attribution-NonCommercial-ShareAlike 4.0\nInternational") is table()["cc-by-nc-sa-4.0"]
+    nvidia = "NVIDIA Open Model License Agreement\nVersion Release Date: October 24, 2025"
+    assert recognise(nvidia) is table()["nvidia-open-model-license"]
+    assert recognise("Tongyi Qianwen RESEARCH LICENSE AGREEMENT") is None
     assert recognise("All rights reserved.") is None
 
 

@@ -29,6 +29,7 @@ class Licence:
     name: str
     link: str
     source: str = ""
+    checked: str = ""
     hub: bool = False
     derivatives: bool = True
     share_alike: bool = False
@@ -210,9 +211,13 @@ def _metadata(licence: Licence, parents: Sequence[ParentLicence]) -> dict[str, s
 
 
 def _chosen(stated: str, entries: Sequence[Licence], by_rule: Mapping[str, str]) -> dict[str, str]:
-    """A licence that the publisher prefers, where every parent's allows it."""
+    """A licence that the publisher prefers, where every parent's allows it.
+
+    It is a parent's, or the parents ask for none: some copyleft licences give way only to another part's (GPL to AGPL).
+    """
     licence = lookup(stated)
-    if licence is None or not all(e.may_become(licence.id) for e in entries):
+    free = licence in entries or not any(e.share_alike or e.passes_on for e in entries)
+    if licence is None or not free or not all(e.may_become(licence.id) for e in entries):
         name = by_rule.get("license_name", by_rule["license"])
         raise PublishError(
             f"--license {stated}: the licences of the parents are known ({', '.join(e.id for e in entries)}) and give"
