@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +18,46 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 LETTERS = "abcdefgh"
 
+# What takes longest, in the order in which workers take it: with --dist loadfile a file is never split, so one of these
+# at the end would keep one worker busy and leave the other idle. The first one trains the tiny zoo; test_quickstart.py,
+# which needs it, too, comes so late that nobody waits.
+LONGEST = (
+    "test_notebooks.py",
+    "merge/test_flat.py",
+    "test_stages.py",
+    "evals/test_equality.py",
+    "test_quickstart.py",
+    "hub/test_parents.py",
+    "hub/test_attacks.py",
+    "test_tracking.py",
+    "hub/test_reproduce.py",
+    "hub/test_publish.py",
+    "test_proof.py",
+    "test_run.py",
+    "test_shipped_recipes.py",
+    "test_growth.py",
+    "test_score.py",
+    "test_page.py",
+    "hub/test_upload.py",
+)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that take more than a minute")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist: files with the most tests first
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        here = Path(__file__).parent
+        rank = {here / name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path, len(rank)))
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes more than a minute; run with --slow"))
@@ -60,7 +94,34 @@ class Pico:
 
 
 @pytest.fixture(scope="session")
-def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
+def lm_eval_once() -> None:
+    """lm-eval compiles a task's templates anew for every item, and reads its 15,000 files anew for every include path.
+
+    Neither changes while tests run, and together they are a third of the time of a run of pico: once a process here.
+    """
+    import lm_eval.tasks
+    from lm_eval.tasks._index import TaskIndex
+    from lm_eval.utils import env
+
+    build = TaskIndex.build
+    root = Path(lm_eval.tasks.__file__).parent
+
+    @functools.cache
+    def own() -> dict[str, object]:
+        return build([root])
+
+    def remembered(paths: Iterable[Path], **options: object) -> dict[str, object]:
+        roots = list(paths)
+        if options or roots[:1] != [root]:
+            return build(roots, **options)
+        return {name: copy.copy(entry) for name, entry in own().items()} | build(roots[1:])
+
+    env.from_string = functools.cache(env.from_string)  # type: ignore[method-assign]
+    TaskIndex.build = staticmethod(remembered)  # type: ignore[method-assign, assignment]
+
+
+@pytest.fixture(scope="session")
+def pico(lm_eval_once: None, tmp_path_factory: pytest.TempPathFactory) -> Pico:
     folder = tmp_path_factory.mktemp("pico")
     write_models(folder)
     write_tasks(folder / "tasks")
@@ -68,7 +129,7 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
 
 
 @pytest.fixture(scope="session")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Pico:
+def deep(lm_eval_once: None, tmp_path_factory: pytest.TempPathFactory) -> Pico:
     """The same with four layers, for what works on blocks of layers."""
     folder = tmp_path_factory.mktemp("deep")
     write_models(folder, layers=4)
@@ -84,6 +145,29 @@ def zoo_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             base = tmp_path_factory.getbasetemp()
             shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
             patch.setenv("SHOAL_CACHE", str(shared / "cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_zoo(zoo_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The tiny zoo with a third of its items: the same models, and tasks by the same generator, in a cache of its own."""
+    from shoal import zoo
+    from shoal.zoo.folder import build_once
+    from shoal.zoo.tiny_tasks import VERSION, write_tasks
+
+    models = zoo.zoo_folder("tiny")
+    cache = tmp_path_factory.mktemp("small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_CACHE", str(cache))
+        zoo.cache_folder().mkdir()
+        (zoo.cache_folder() / "tiny").symlink_to(models)
+        tasks = zoo.cache_folder() / "tiny-tasks"
+
+        def build(building: Path) -> dict[str, object]:
+            write_tasks(building, tasks, splits={"train": 100, "validation": 300, "test": 300})
+            return {}
+
+        build_once(tasks, {"zoo": "tiny tasks", "version": VERSION}, build)
         yield
 
 
@@ -108,7 +192,7 @@ def write_models(folder: Path, layers: int = 3) -> None:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=64,  # of which half is what a finalist writes to each prompt of the sanity guard
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

@@ -1,4 +1,4 @@
-"""The notebooks, executed as `make notebooks` does; and what a notebook shows of a run."""
+"""The notebooks, executed as `make notebooks` does, on fewer items; and what a notebook shows of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import re
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import yaml
 from nbclient import NotebookClient
 
 import shoal
-from shoal.notebook import in_notebook, watching
+from shoal.notebook import in_notebook, telling, watching
 from shoal.stages.observer import Silent
 
 ROOT = Path(__file__).parents[1]
@@ -26,9 +26,20 @@ ALL = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # what its outputs say if everything went well, beside the notebook's own assertions
 SAID = {
     "01_evolve": ["search 55/55 generation 5: best", "r:hdcabf> ", "| uniform merge |"],
-    "02_reproduce": ["rebuilt from its parents", "reproduced: weights and scores agree on 3,719 items"],
-    "03_look_inside": ["tiny_sort: 1000 items", "| weight of tiny-sort |", "tiny_sort: gained\n    s:"],
+    "02_reproduce": [
+        "files 12/12",
+        "merging and writing the weights",
+        "rebuilt from its parents",
+        "reproduced: weights and scores agree on {compared:,} items",
+    ],
+    "03_look_inside": ["tiny_sort: {tested} items", "| weight of tiny-sort |", "tiny_sort: gained\n    s:"],
 }
+COMMITTED = {"compared": 3719, "tested": 1000}
+
+
+def said_by(name: str, compared: int, tested: int) -> list[str]:
+    """compared: selection and test items of all tasks; tested: test items of one."""
+    return [words.format(compared=compared, tested=tested) for words in SAID[name]]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +48,7 @@ def tool() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def reader(tool: dict[str, Any], zoo_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def reader(tool: dict[str, Any], small_zoo: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The variables of somebody for whom a recipe is published, who has its run, too."""
     with tool["published"](tmp_path_factory.mktemp("published") / "hub") as variables:
         yield variables
@@ -65,7 +76,9 @@ def test_a_notebook_runs(path: Path, tool: dict[str, Any], reader: dict[str, str
     notebook = tool["execute"](path, tmp_path, reader)
     assert all(cell.execution_count for cell in cells(notebook))
     said = "\n".join(texts(notebook))
-    for words in SAID[path.stem]:
+    tasks = shoal.load_run(reader["SHOAL_RUN"]).lock.tasks
+    items = {role: [len(task.roles[role].items) for task in tasks] for role in ("select", "test")}
+    for words in said_by(path.stem, sum(items["select"] + items["test"]), items["test"][0]):
         assert words in said
     assert "**no**" not in said  # a check that does not agree
     errors = "".join(output.text for output in outputs(notebook) if output.get("name") == "stderr")
@@ -110,7 +123,7 @@ def test_a_notebook_is_committed_with_outputs_of_no_machine(path: Path) -> None:
     ), "run `make notebooks` and commit the result"
     assert not [o for o in outputs(notebook) if o["output_type"] == "error" or o.get("name") == "stderr"]
     said = "\n".join(texts(notebook))
-    assert all(words in said for words in SAID[path.stem]) and not personal(said)
+    assert all(words in said for words in said_by(path.stem, **COMMITTED)) and not personal(said)
 
 
 @ALL
@@ -129,8 +142,10 @@ def test_a_notebook_uses_the_public_interface_only(path: Path) -> None:
     assert used and used - {"__file__"} <= set(shoal.__all__)
 
 
-def run_cells(folder: Path, *code: str, failing: bool = False) -> list[list[Any]]:
-    """The outputs of each cell."""
+def run_cells(
+    folder: Path, *code: str, failing: bool = False, variables: Mapping[str, str] | None = None
+) -> list[list[Any]]:
+    """The outputs of each cell. variables: of the environment, beside this process's."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in code])
     NotebookClient(
         notebook,
@@ -139,7 +154,7 @@ def run_cells(folder: Path, *code: str, failing: bool = False) -> list[list[Any]
         allow_errors=failing,
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
-    ).execute(env=dict(os.environ))
+    ).execute(env=os.environ | (variables or {}))
     return [cell.outputs for cell in notebook.cells]
 
 
@@ -180,8 +195,61 @@ def test_what_is_said_is_text_and_an_error_leaves_the_bars(tmp_path: Path) -> No
     assert "search 1/4" in failed[0].data["text/plain"] and "left" not in failed[0].data["text/plain"]
 
 
+def test_calls_on_the_hub_show_their_steps(
+    tool: dict[str, Any], reader: dict[str, str], tmp_path: Path
+) -> None:
+    home = Path(reader["SHOAL_RUN"]).with_name("publisher")
+    publisher = reader | {"HF_HOME": str(home), "HF_TOKEN": tool["TOKEN"]}
+    published, again, quiet, mine, failed = run_cells(
+        tmp_path,
+        "import os, shoal\nshoal.publish(os.environ['SHOAL_RUN'], 'example/again').repo",
+        "shoal.reproduce('example/again').agrees",
+        "shoal.reproduce('example/again', quiet=True).agrees",
+        "lines = []\nshoal.download('example/again', 'model', say=lines.append)\nprint(*lines, sep='|')",
+        "shoal.download('example/none')",
+        failing=True,
+        variables=publisher,
+    )
+    sent, made = published[0].data["text/plain"], again[0].data["text/plain"]
+    assert [output.output_type for output in published] == ["display_data", "execute_result"]
+    assert sent.startswith("publish example/again\nrendering the requests of the tasks  [")
+    count = re.search(r"files (\d+)/(\d+)  \[", sent)
+    assert count and count[1] == count[2] and "created" in sent.splitlines()[-1]
+    assert re.search(r"files (\d+)/\1  \[", made) and "\n   merging  [" in made
+    # everything is over: nothing is drawn as if it went on
+    page = again[0].data["text/html"]
+    assert page.count("<progress value=") == page.count("<progress") >= 3
+    assert all(value == most for value, most in re.findall(r'<progress value="(\d+)" max="(\d+)">', page))
+    assert [output.output_type for output in quiet] == ["execute_result"]
+    assert {output.output_type for output in mine} == {"stream"}  # no bars; the Hub client has its own
+    assert "".join(output.text for output in mine if output.name == "stdout").startswith("1/")
+    assert failed[-1].output_type == "error" and "no such repository" in str(failed[-1].evalue)
+
+
+def test_a_step_goes_on_until_the_next_and_is_not_done_by_an_error(tmp_path: Path) -> None:
+    going, failed = run_cells(
+        tmp_path,
+        "from shoal.notebook import Bars\nbars = Bars('download')\n"
+        "for text in ('1/3 a', '2/3 b', 'checking the weights'):\n    bars.step(text)",
+        "with Bars('download') as bars:\n    for text in ('1/3 a', 'note: slow', '3/3 <c>'):\n        bars.step(text)\n"
+        "    raise ValueError('stopped')",
+        failing=True,
+    )
+    assert re.findall(r"<progress.*?>", going[0].data["text/html"]) == [
+        '<progress value="3" max="3">',
+        "<progress>",
+    ]
+    page = failed[0].data["text/html"]
+    assert '<progress value="2" max="3">' in page and "&lt;c&gt;" in page and "<div>note: slow</div>" in page
+
+
 def test_there_are_no_bars_outside_a_notebook() -> None:
     assert not in_notebook()
+    lines: list[str] = []
+    with telling("title", lines.append, False) as say, telling("title", None, False) as silent:
+        say("checking")
+        silent("checking")
+    assert lines == ["checking"]
     mine = Silent()
     with watching(mine, False) as given, watching(None, False) as none:
         assert given is mine and type(none) is Silent

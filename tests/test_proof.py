@@ -55,49 +55,60 @@ def test_the_folder_loads_and_its_weights_are_the_hashed_ones(
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
+# in a process that never imports shoal; not by `python -m lm_eval`, which reads all 15,000 files of lm-eval's own tasks
+STOCK = """
+import json, sys
+from pathlib import Path
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+model, tasks, out, *names = sys.argv[1:]
+found = simple_evaluate(
+    model="hf",
+    model_args={"pretrained": model, "dtype": "float32"},
+    tasks=names,
+    batch_size=16,
+    device="cpu",
+    log_samples=True,
+    bootstrap_iters=0,
+    task_manager=TaskManager(include_path=tasks, include_defaults=False),
+)
+Path(out).write_text(json.dumps(found["samples"], default=str))
+"""
+
+
 def test_stock_lm_eval_gives_our_rows_and_our_table_follows_from_them(
     pico: Any, proven: tuple[Path, Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     from shoal.journal import Journal
 
     run, folder, result = proven
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args"]
-    command += [
-        f"pretrained={folder},dtype=float32",
-        "--tasks",
-        "pico_choice,pico_next,pico_write",
-        "--log_samples",
-    ]
-    command += [
-        "--include_path",
-        str(pico.tasks),
-        "--batch_size",
-        "16",
-        "--device",
-        "cpu",
-        "--output_path",
-        str(tmp_path),
-    ]
+    names = ["pico_choice", "pico_next", "pico_write"]
+    arguments = [str(folder), str(pico.tasks), str(tmp_path / "samples.json"), *names]
     ended = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        [sys.executable, "-c", STOCK, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
+    stock = json.loads((tmp_path / "samples.json").read_text())
     lock = load_lock(run / "lock.yaml")
     journal = Journal(run / "journal.sqlite")
     ours = {(row.task, row.item): row for row in journal.scores(result["winner"]["id"], "test")}
     journal.close()
     means = {}
     for task in lock.tasks:
-        (file,) = tmp_path.rglob(f"samples_{task.task}_*.jsonl")
-        samples = {row["doc_id"]: row for row in map(json.loads, file.read_text().splitlines())}
+        samples = {row["doc_id"]: row for row in stock[task.task]}
         items = task.roles["test"].items
         metric = task.metric.partition(",")[0]
         for item in items:
             row = ours[task.task, item]
             assert row.metrics[task.metric] == samples[item][metric]
             if task.output_type != "generate_until":
-                stock = [float(response[0][0]) for response in samples[item]["resps"]]
-                assert row.logliks == pytest.approx(stock, abs=1e-3)
+                values = [response[0][0] for response in samples[item]["resps"]]
+                assert row.logliks == pytest.approx(values, abs=1e-3)
         means[task.task] = sum(samples[item][metric] for item in items) / len(items)
     assert result["winner"]["tasks"] == pytest.approx(means)
     assert result["winner"]["score"] == pytest.approx(sum(means.values()) / 3)

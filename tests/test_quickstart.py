@@ -1,4 +1,4 @@
-"""The tiny zoo as users meet it: the quickstart recipe, killed and continued."""
+"""The tiny zoo as users meet it: the quickstart recipe on fewer items, killed and continued."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 
 
-pytestmark = pytest.mark.usefixtures("zoo_cache")
+pytestmark = pytest.mark.usefixtures("small_zoo")
 
 
 def test_the_quickstart_survives_three_kills(tmp_path: Path) -> None:

@@ -167,6 +167,13 @@ def test_a_larger_budget_continues_and_openings_are_counted(pico: Any, tmp_path:
     asked = [row[:6] for row in content(run)["candidates"] if row[1] == "search"]
     assert asked == [row[:6] for row in content(tmp_path / "whole")["candidates"] if row[1] == "search"]
     assert second["winner"] == whole["winner"]
+    assert second["cost"]["ended"] == "search.budget (12 candidates)"
+    journal = Journal(run / "journal.sqlite")
+    ends = [
+        {"reason": f"search.budget ({n} candidates)", "generations": n // 4, "candidates": n} for n in (4, 12)
+    ]
+    assert journal.events("search ended") == ends
+    journal.close()
 
 
 def test_a_failed_candidate_is_told_as_worst_and_the_run_goes_on(pico: Any, tmp_path: Path) -> None:
@@ -234,6 +241,7 @@ def test_a_time_limit_ends_the_search_and_is_replayed(pico: Any, tmp_path: Path)
     limited = recipe(pico, search={"budget": 400, "popsize": 4, "items": 16, "seed": 1, "max_seconds": 0.001})
     result = evolve(limited, tmp_path / "run", device="cpu")
     assert result["cost"]["candidates"] == 0
+    assert result["cost"]["ended"] == "search.max_seconds (0.001 s)"
     assert result["winner"]["id"] in {b["name"] for b in result["baselines"]}
 
 

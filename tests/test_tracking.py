@@ -413,6 +413,20 @@ def test_a_tracker_that_cannot_be_opened_is_said_once_and_made_up_for(
     assert list(events_of(run)[0]) == [*journalled(run), spent(run)]
 
 
+def test_a_failing_tracker_is_no_progress_that_quiet_hides(pico: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    path, run = tmp_path / "mine.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(pico.recipe()))
+    command = ["evolve", str(path), "--run", str(run), "--device", "cpu", "--quiet"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and done.stderr == ""
+    (run / "tensorboard").write_text("in the way")
+    done = CliRunner().invoke(app, [*command, "--track", "tensorboard"])
+    assert done.exit_code == 0 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("note: tensorboard fails and gets nothing more for now")
+    assert "tensorboard fails" not in done.stdout
+
+
 def test_a_tracker_that_breaks_on_the_way_is_said_once_and_goes_on_later(
     pico: Any, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

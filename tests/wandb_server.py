@@ -93,6 +93,7 @@ def serving() -> Iterator[WandbServer]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # see hub.local_hub
 
         def log_message(self, *_: Any) -> None: ...
 
@@ -133,7 +134,7 @@ def serving() -> Iterator[WandbServer]:
 
     server = Server(("127.0.0.1", 0), Handler)
     stored.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
         yield stored

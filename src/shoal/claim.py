@@ -191,6 +191,7 @@ def make_result(
             lock,
             tuple(unfit),
             len(lock.inherited),
+            lock.unknown_ancestors,
         ),
         "winner": {
             "id": winner,
@@ -219,6 +220,7 @@ def make_result(
         "test_items": n,
         "test_openings": openings,
         "inherited_openings": len(lock.inherited),
+        "unknown_ancestors": list(lock.unknown_ancestors),
         "searched_on_eval_split": [task.task for task in lock.tasks if task.search_on_eval_split],
         "finalists": [
             {"id": row.candidate, "select_score": board.overall(row.candidate, "select")}
@@ -228,6 +230,7 @@ def make_result(
         "sanity": _sanity(read_written(texts), unfit, journal.events("unwritten")),
         "cost": {
             "candidates": len(candidates),
+            "ended": journal.events("search ended")[-1]["reason"],
             "failed": sum(row.status == "failed" for row in evaluations),
             "item_evaluations": sum(row.items for row in evaluations),
             "seconds": {**seconds, "total": sum(seconds.values())},
@@ -318,10 +321,12 @@ def claim_words(
     lock: Lock,
     unfit: Sequence[str] = (),
     inherited: int = 0,
+    unknown: Sequence[str] = (),
 ) -> str:
     """The verdict in words that say no more than the intervals do.
 
-    unfit: finalists that were disqualified. openings: of the test items by this run; inherited: by its ancestors before.
+    unfit: finalists that were disqualified. openings: of the test items by this run; inherited: by its ancestors before;
+    unknown: models and runs that could not be asked for theirs.
     """
     closest = min(overall.values(), key=lambda c: c.low)
     worst = min(overall.values(), key=lambda c: c.high)
@@ -369,6 +374,8 @@ def claim_words(
         text += f"; the test items were opened {openings + inherited} times"
     if inherited:
         text += f", {inherited} of them by runs that this one descends from"
+    if unknown:
+        text += f"; whether ancestors opened them before is unknown for {', '.join(unknown)}"
     return text
 
 

@@ -126,7 +126,9 @@ def reproduce(
     include_path: Annotated[
         Path | None,
         typer.Option(
-            "--include-path", "--include_path", help="Folder with the tasks that are not lm-eval's own."
+            "--include-path",
+            "--include_path",
+            help="Folder with the tasks that are not lm-eval's own; else their published items are used.",
         ),
     ] = None,
     trust_tasks: Annotated[
@@ -166,13 +168,16 @@ def _print(found: Reproduction, scored: bool) -> None:
     for note in found.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     wrong = [check.what for check in found.checks if not check.agrees]
+    scores = "log-likelihoods" if found.unjudged else "scores"
     if wrong:
         words = f"not reproduced: {', '.join(wrong)}"
     elif found.rebuilt:
-        words = "reproduced: weights and scores agree" if scored else "reproduced: the weights agree"
+        words = f"reproduced: weights and {scores} agree" if scored else "reproduced: the weights agree"
     else:
         words = "the published weights are those of the lock"
-        words += " and their scores agree; they were not rebuilt" if scored else "; they were not rebuilt"
+        words += f" and their {scores} agree; they were not rebuilt" if scored else "; they were not rebuilt"
+    if not wrong and found.unjudged:
+        words += f"; correctness of {', '.join(found.unjudged)} was not compared"
     console.print(words, markup=False, highlight=False, soft_wrap=True)
     if not wrong and not scored:
         console.print("its scores: --score", markup=False, highlight=False)

@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -110,6 +111,17 @@ class Opening(Strict):
     generations: int
 
 
+@dataclass(frozen=True)
+class Inheritance:
+    """What a new run takes over from those that it descends from: their openings of its test items, each once.
+
+    unknown: models and runs that could not be asked for theirs, by reference.
+    """
+
+    openings: tuple[Opening, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+
 class RoleLock(Strict):
     """The items of one role: lm-eval task and split, data-set indices, and lm-eval's doc_hash of each.
 
@@ -186,7 +198,8 @@ class StageLock(Strict):
 class Lock(Strict):
     """Everything that a run depends on. stages: the finer spaces of a search that grows, in order.
 
-    inherited: openings of its test items by runs that it descends from, before it began.
+    inherited: openings of its test items by runs that it descends from, before it began. unknown_ancestors: models and runs
+    that could not be asked whether there are more.
     """
 
     schema_version: Literal[2] = 2
@@ -209,6 +222,7 @@ class Lock(Strict):
     include_path: str | None
     tasks: Annotated[tuple[TaskLock, ...], Field(strict=False)]
     inherited: Annotated[tuple[Opening, ...], Field(strict=False)] = ()
+    unknown_ancestors: Texts = ()
 
     def task(self, name: str) -> TaskLock:
         return next(task for task in self.tasks if task.task == name)

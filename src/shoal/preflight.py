@@ -337,7 +337,7 @@ def model_refs(recipe: Recipe, folder: Path) -> list[ModelRef]:
 
 
 def resolve_include_path(text: str | None, folder: Path, say: Say) -> Path | None:
-    """The folder of an include path, relative to `folder`; `zoo:tiny/tasks` is built where it is missing."""
+    """The folder of an include path, relative to `folder`; `zoo:tiny/tasks` is written where it is missing."""
     if text is None:
         return None
     if text.startswith("zoo:"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from shoal.claim import make_result
 from shoal.errors import RunError
 from shoal.folder import RunFolder
 from shoal.journal import Journal
-from shoal.lock import Lock, Opening, write_text
+from shoal.lock import Inheritance, Lock, write_text
 from shoal.models import NO_MERGES, Merges
 from shoal.output import read_plan, winner_sha256, write_best
 from shoal.preflight import Prepared, prepare, restore
@@ -34,8 +34,8 @@ from shoal.types import MergePlan, Worker
 from shoal.warm import warm_genome
 from shoal.worker import LocalWorker
 
-# recipe, lock and folder of a new run -> openings of its test items before it began, by runs that it descends from
-Openings = Callable[[Recipe, Lock, Path], Sequence[Opening]]
+# recipe, lock and folder of a new run -> what it takes over from the runs that it descends from
+Openings = Callable[[Recipe, Lock, Path], Inheritance]
 
 
 def evolve(
@@ -146,15 +146,23 @@ def placed(recipe: Recipe, base_folder: Path) -> Recipe:
     return recipe.model_copy(update={"search": recipe.search.model_copy(update={"warm_start": place})})
 
 
-def inheriting(prepared: Prepared, openings: Sequence[Opening]) -> Prepared:
-    """The same, with the openings of its test items by ancestors in its lock and in its notes."""
-    if not openings:
-        return prepared
-    runs = ", ".join(dict.fromkeys(opening.run for opening in openings))
-    number = "once" if len(openings) == 1 else f"{len(openings)} times"
-    note = f"its test items were opened {number} before, by runs that it descends from ({runs}); the claim will say so"
-    lock = prepared.lock.model_copy(update={"inherited": tuple(openings)})
-    return replace(prepared, lock=lock, notes=(*prepared.notes, note))
+def inheriting(prepared: Prepared, before: Inheritance) -> Prepared:
+    """The same, with what is known of openings of its test items by ancestors in its lock and in its notes."""
+    notes = []
+    if before.openings:
+        runs = ", ".join(dict.fromkeys(opening.run for opening in before.openings))
+        number = "once" if len(before.openings) == 1 else f"{len(before.openings)} times"
+        notes.append(
+            f"its test items were opened {number} before, by runs that it descends from ({runs}); the claim will say so"
+        )
+    if before.unknown:
+        notes.append(
+            f"whether ancestors opened its test items before is unknown for {', '.join(before.unknown)}: their locks could not"
+            " be asked for; the claim will say so. With the Hub in reach, a new run knows"
+        )
+    changes = {"inherited": before.openings, "unknown_ancestors": before.unknown}
+    lock = prepared.lock.model_copy(update=changes)
+    return replace(prepared, lock=lock, notes=(*prepared.notes, *notes))
 
 
 def _load(

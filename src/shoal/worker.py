@@ -21,6 +21,7 @@ class LocalWorker:
 
     device: `cpu`, `cuda`, `cuda:1`, ... or `auto`. memory: tier of the parents, or `auto`; memory_limit: bytes of
     device memory to stay under (on a CPU: of the process). say: told what takes time. plan: file of the requests' tokens, used again or written.
+    tasks: requests that were built already, instead of those of the lock's tasks.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class LocalWorker:
         memory: str = "auto",
         memory_limit: int | None = None,
         plan: Path | None = None,
+        tasks: Mapping[tuple[str, Role], Any] | None = None,
     ) -> None:
         import torch
 
@@ -74,8 +76,9 @@ class LocalWorker:
             self._lm = ResidentLM(
                 model, tokenizer, recipe.evaluation.batch_size, memory_limit=memory_limit, **arguments
             )
-        say("building requests")
-        tasks = plan_tasks(lock, recipe.evaluation, self._lm)
+        if tasks is None:
+            say("building requests")
+            tasks = plan_tasks(lock, recipe.evaluation, self._lm)
         prepare(self._lm, tasks, plan)
         self._lm.settle(list(instances(tasks)))
         self.notes += tuple(self._lm.told())

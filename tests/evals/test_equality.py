@@ -417,7 +417,7 @@ SMOOTH = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "
 
 
 @pytest.fixture(scope="module")
-def manager(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def manager(lm_eval_once: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """lm-eval's tasks above, over local files: 12 items, two of them longer than the context."""
     from lm_eval.tasks import TaskManager
 

@@ -67,8 +67,9 @@ def hub_recipe() -> dict[str, Any]:
     }
 
 
-def make(pico: Any, place: Path, **changes: Any) -> Made:
-    """Evolve from Hub ids through a Hub of its own, and write both publications; changes: of the recipe."""
+def make(pico: Any, place: Path, *, item_text: bool = False, **changes: Any) -> Made:
+    """Evolve from Hub ids through a Hub of its own, and write both publications; changes: of the recipe. item_text: they
+    hold the items of its tasks."""
     with pytest.MonkeyPatch.context() as patch, LocalHub() as hub:
         hub.add_user("anna", TOKEN)
         point_client(hub, place / "hf", patch)
@@ -77,8 +78,8 @@ def make(pico: Any, place: Path, **changes: Any) -> Made:
         recipe = runs.recipe(pico, **(hub_recipe() | changes))
         result = evolve(recipe, place / "run", device="cpu")
         assert "@" in result["winner"]["id"]  # a merge, else another seed
-        dry_run(place / "run", REPO, place / "recipe")
-        dry_run(place / "run", REPO, place / "weights", weights=True)
+        dry_run(place / "run", REPO, place / "recipe", include_item_text=item_text)
+        dry_run(place / "run", REPO, place / "weights", weights=True, include_item_text=item_text)
         from huggingface_hub.utils import close_session
 
         close_session()

@@ -5,6 +5,8 @@ Every attack would leave a mark: a file at `CANARY`, a request to the wrong plac
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 import sqlite3
@@ -46,8 +48,13 @@ def refused(made: Made, tmp_path: Path, repo: str = REPO) -> str:
     return texts[0]
 
 
+@functools.cache
+def parsed(text: bytes) -> Any:
+    return yaml.safe_load(text)
+
+
 def changed(made: Made, change: Callable[[Lock], None]) -> bytes:
-    lock = yaml.safe_load(made.files()["lock.yaml"])
+    lock = copy.deepcopy(parsed(made.files()["lock.yaml"]))
     change(lock)
     return json.dumps(lock).encode()  # JSON is YAML
 

@@ -338,9 +338,8 @@ def test_runs_and_publications_here(hub: LocalHub, family: Family, tmp_path: Pat
         prepared = prepare(recipe, Path(), merges=merges_of(recipe, Path()))
         model = parent(prepared.lock)
         assert model.files == parent(load_lock(family.run / "lock.yaml")).files and model.commit is None
-        assert openings_before(recipe, prepared.lock, tmp_path / "none") == (
-            load_published(family.fish.recipe / "lock.yaml").openings
-        )
+        before = openings_before(recipe, prepared.lock, tmp_path / "none")
+        assert before.openings == load_published(family.fish.recipe / "lock.yaml").openings
     assert len(list((cache / "merges").iterdir())) == 1
 
 
@@ -502,7 +501,11 @@ def test_offline(hub: LocalHub, family: Family, cache: Path, client: Client) -> 
     client.offline()
     lock = prepare(recipe, Path(), merges=merges_of(recipe, Path())).lock
     assert parent(lock).commit == commit
-    assert [o.run for o in openings_before(recipe, lock, Path("none"))] == ["fish"]
+    before = openings_before(recipe, lock, Path("none"))
+    assert [o.run for o in before.openings] == ["fish"]
+    # what could not be asked before is told; so it is not of REPO, which was
+    left = next(model for model in lock.models if model.ref.startswith("anna/left"))
+    assert before.unknown == ("anna/base@" + str(lock.models[0].commit), f"anna/left@{left.commit}")
     with pytest.raises(PublishError, match="HF_HUB_OFFLINE"):
         merges_of(child_recipe(family.fish.pico), Path())
 

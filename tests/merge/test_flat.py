@@ -26,6 +26,7 @@ from shoal.merge import (
 )
 from shoal.merge.layout import layouts, settle
 from shoal.merge.runtime_map import runtime_map
+from shoal.search.plans import uniform_merge_plan
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler, found none")
@@ -66,10 +67,58 @@ def planned(name, make_plan, groups, **more):
     return make_plan(groups, operator, models=4, **{**arguments, **more})
 
 
+MERGED = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+    from torch._dynamo.utils import counters
+    from shoal.merge import Checkpoint, Merger, load_runtime, tensor_groups, weights_sha256
+    from shoal.search.plans import uniform_merge_plan
+
+    paths = [Path(p) for p in sys.argv[1:]]
+    parents = [Checkpoint.open(p) for p in paths]
+    groups = tensor_groups(parents[0])
+    model = load_runtime(paths[0])
+    merger = Merger(parents, groups, model, compile="always")
+    plan = uniform_merge_plan(groups, ["a", "b", "c", "d"], [0, 1, 2, 3], "float32")
+    merger.materialize(plan)
+    print("notes", merger.notes)
+    print("hits", counters["inductor"]["fxgraph_cache_hit"], "misses", counters["inductor"]["fxgraph_cache_miss"])
+    print("sha", weights_sha256(model.named_parameters()))
+    print("sha", weights_sha256(merger.tensors(plan)))
+    """
+)
+
+
+def merged(models: list[Path], cache: Path, **environment: str) -> list[str]:
+    """What another process prints that merges with compiled kernels, with this cache of ours."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR")}
+    done = subprocess.run(
+        [sys.executable, "-c", MERGED, *map(str, models)],
+        env={**kept, "SHOAL_CACHE": str(cache), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def first(llamas, tmp_path_factory):
+    """A cache that was empty, and what the process printed that began it: the compiler's own start is made once."""
+    cache = tmp_path_factory.mktemp("kernels") / "cache"
+    return cache, merged(llamas, cache)
+
+
+@pytest.fixture
+def kernels(first, monkeypatch):
+    monkeypatch.setenv("SHOAL_CACHE", str(first[0]))
+
+
 @needs_compiler
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compiled_kernels_have_the_canonical_bits(name, dtype, llamas, make_plan):
+def test_compiled_kernels_have_the_canonical_bits(name, dtype, llamas, make_plan, kernels):
     """bfloat16 weights in a float32 model: the compiler must not take the rounding away."""
     parents, groups = opened(llamas)
     model = load_runtime(llamas[0])
@@ -83,7 +132,7 @@ def test_compiled_kernels_have_the_canonical_bits(name, dtype, llamas, make_plan
 
 
 @needs_compiler
-def test_one_kernel_serves_all_tensors_and_all_weights(llamas, make_plan):
+def test_one_kernel_serves_all_tensors_and_all_weights(llamas, make_plan, kernels):
     from torch._dynamo.utils import counters
 
     parents, groups = opened(llamas)
@@ -101,49 +150,28 @@ def test_one_kernel_serves_all_tensors_and_all_weights(llamas, make_plan):
 
 
 @needs_compiler
-def test_kernels_are_kept_for_the_next_process_and_the_compiler_may_be_missing(llamas, tmp_path):
-    script = textwrap.dedent(
-        """
-        import sys
-        from pathlib import Path
-        from torch._dynamo.utils import counters
-        from shoal.merge import Checkpoint, Merger, load_runtime, tensor_groups, weights_sha256
-        from shoal.search.plans import uniform_merge_plan
+def test_kernels_are_kept_for_the_next_process_and_the_compiler_may_be_missing(
+    llamas, first, kernels, tmp_path
+):
+    """The first process has ended; the next one is this one."""
+    from torch._dynamo.utils import counters
 
-        paths = [Path(p) for p in sys.argv[1:]]
-        parents = [Checkpoint.open(p) for p in paths]
-        groups = tensor_groups(parents[0])
-        model = load_runtime(paths[0])
-        merger = Merger(parents, groups, model, compile="always")
-        plan = uniform_merge_plan(groups, ["a", "b", "c", "d"], [0, 1, 2, 3], "float32")
-        merger.materialize(plan)
-        print("notes", merger.notes)
-        print("hits", counters["inductor"]["fxgraph_cache_hit"], "misses", counters["inductor"]["fxgraph_cache_miss"])
-        print("sha", weights_sha256(model.named_parameters()))
-        print("sha", weights_sha256(merger.tensors(plan)))
-        """
-    )
-
-    def run(cache: Path, **environment: str) -> list[str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR")}
-        done = subprocess.run(
-            [sys.executable, "-c", script, *map(str, llamas)],
-            env={**kept, "SHOAL_CACHE": str(cache), **environment},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return done.stdout.splitlines()
-
-    first, second = run(tmp_path / "a"), run(tmp_path / "a")
-    assert first[:2] == ["notes []", "hits 0 misses 1"]
-    assert second[:2] == ["notes []", "hits 1 misses 0"]
-    assert (tmp_path / "a" / "kernels").is_dir()
+    cache, cold = first
+    assert cold[:2] == ["notes []", "hits 0 misses 1"]
+    assert (cache / "kernels").is_dir()
+    parents, groups = opened(llamas)
+    model = load_runtime(llamas[0])
+    merger = Merger(parents, groups, model, compile="always")
+    before = counters["inductor"].copy()
+    merger.materialize(uniform_merge_plan(groups, ["a", "b", "c", "d"], [0, 1, 2, 3], "float32"))
+    assert merger.notes == []
+    assert (counters["inductor"] - before)["fxgraph_cache_hit"] == 1
+    assert counters["inductor"]["fxgraph_cache_miss"] == before["fxgraph_cache_miss"]
     empty = tmp_path / "nothing"
     empty.mkdir()
-    bare = run(tmp_path / "b", CXX=str(empty / "g++"), PATH=str(empty))
+    bare = merged(llamas, tmp_path / "b", CXX=str(empty / "g++"), PATH=str(empty))
     assert "merges run in eager tiles, slower and with the same result: no working compiler" in bare[0]
-    assert len({*first[2:], *second[2:], *bare[2:]}) == 1
+    assert {*cold[2:], *bare[2:]} == {f"sha {weights_sha256(model.named_parameters())}"}
 
 
 def test_a_small_model_never_waits_for_a_compiler(llamas, make_plan):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.hub.items import FILE as ITEMS
+from shoal.hub.item_file import FILE as ITEMS
 from shoal.hub.licences import ADVICE, OWN_TEXT, Terms
 from shoal.hub.lineage import drawn
 from shoal.hub.parents import Parent, hub_ids
@@ -258,13 +258,22 @@ def _reproduce(content: CardContent) -> str:
         "This rebuilds the weights from the parents, compares their hash, scores again and compares item by item.",
     ]
     custom = [t for t in content.lock.tasks if t.custom and t.source is None]
-    if custom:
-        names = ", ".join(t.task for t in custom)
+    told = [t.task for t in custom if t.scoring is not None]
+    if told:
         text.append(
-            f"The tasks {names} are the publisher's own: their requests are in `{ITEMS}`."
-            if ITEMS in content.included
-            else f"The tasks {names} are the publisher's own and not published: to score again they must be supplied;"
-            " the lock's content hashes tell whether the items are the same."
+            f"Items of the publisher's own tasks {', '.join(told)} are in `{ITEMS}` and are scored from there."
+        )
+    unjudged = [t.task for t in custom if t.scoring is not None and t.scoring.rule is None]
+    if unjudged:
+        text.append(
+            f"Of {', '.join(unjudged)} only log-likelihoods are compared, unless the task's own files are supplied by"
+            " `--include-path`."
+        )
+    hidden = [t.task for t in custom if t.scoring is None]
+    if hidden:
+        text.append(
+            f"The tasks {', '.join(hidden)} are the publisher's own and not published: to score again they must be supplied by"
+            " `--include-path`; the lock's content hashes tell whether the items are the same."
         )
     if any(p.kind == "zoo" and not p.commit for p in content.parents):
         text.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -36,7 +36,7 @@ Rows = Mapping[tuple[str, Role], Mapping[int, Published]]
 @dataclass(frozen=True)
 class Compared:
     """One task in one role. flips: items whose metric is another one; differences of log-likelihoods in nats, None
-    where no request has one. allowed: share of items that may flip."""
+    where no request has one. allowed: share of items that may flip. judged: whether correctness was compared at all."""
 
     task: str
     role: Role
@@ -45,6 +45,7 @@ class Compared:
     median: float | None
     largest: float | None
     allowed: float
+    judged: bool = True
 
     @property
     def agrees(self) -> bool:
@@ -113,9 +114,14 @@ def _published(row: Mapping[str, Any], metric: str, name: str) -> Published:
 
 
 def compare(
-    published: Rows, measured: Sequence[ItemScore], lock: PublishedLock, same_device: bool
+    published: Rows,
+    measured: Sequence[ItemScore],
+    lock: PublishedLock,
+    same_device: bool,
+    unjudged: Collection[str] = (),
 ) -> list[Compared]:
-    """Per task and role. same_device: of the same kind; then no item may flip, whatever the lock allows."""
+    """Per task and role. same_device: of the same kind; then no item may flip, whatever the lock allows. unjudged: tasks of
+    which only log-likelihoods are compared."""
     metrics = {task.task: task.metric for task in lock.run.tasks}
     found = {(s.task, s.role, s.item): s for s in measured}
     rows = []
@@ -123,7 +129,7 @@ def compare(
         flips, differences = 0, []
         for item, before in items.items():
             after = found[task, role, item]
-            flips += not _same(before.value, after.metrics.get(metrics[task]))
+            flips += task not in unjudged and not _same(before.value, after.metrics.get(metrics[task]))
             if len(before.logliks) != len(after.logliks):
                 differences.append(math.inf)
             differences += [
@@ -132,7 +138,8 @@ def compare(
             ]
         middle, most = (median(differences), max(differences)) if differences else (None, None)
         allowed = 0.0 if same_device else lock.tolerance.other_kind
-        rows.append(Compared(task, role, len(items), flips, middle, most, allowed))
+        judged = task not in unjudged
+        rows.append(Compared(task, role, len(items), flips, middle, most, allowed, judged))
     return rows
 
 

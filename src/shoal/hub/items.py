@@ -1,42 +1,30 @@
 """The tasks of a run as they are published: by name and hashes; the items themselves only where that was asked for.
 
 A custom task is one of the recipe's include path. Its YAML is code and is never published; with item text its rendered
-requests are, as data: items.parquet, one row per request.
+requests are, as data, with what counts as right: items.parquet, one row per request.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import EvaluationError, RecipeError
 from shoal.export import Renderer
+from shoal.hub import item_file
+from shoal.hub.item_file import as_json, instances, requests_digest
 from shoal.hub.published import PublishedTask
+from shoal.hub.scoring import Ruled, Scoring, answers_digest
 from shoal.lock import Lock, TaskLock
 from shoal.preflight import open_catalogue
 from shoal.recipe import Recipe
 from shoal.types import ROLES, Role
 from shoal.worker import plan_tasks
 
-FILE = "items.parquet"
 # what lm-eval reads from files that the task's YAML names
 _LOCAL = ("json", "csv", "parquet", "text", "arrow", "xml", "webdataset", "pandas")
-_COLUMNS = (
-    "task",
-    "role",
-    "item",
-    "doc_hash",
-    "request",
-    "kind",
-    "context",
-    "continuation",
-    "arguments",
-    "target",
-)
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,9 @@ def rendered(recipe: Recipe, lock: Lock) -> Rendered:
         return Rendered(tuple(described), None, str(error))
     return Rendered(
         tuple(
-            task.model_copy(update={"requests": {role: _digest(planned[task.task, role]) for role in ROLES}})
+            task.model_copy(
+                update={"requests": {role: requests_digest(planned[task.task, role]) for role in ROLES}}
+            )
             for task in described
         ),
         planned,
@@ -103,25 +93,6 @@ def _described(recipe: Recipe, lock: Lock, task: TaskLock) -> PublishedTask:
     )
 
 
-def _digest(planned: Any) -> str:
-    """sha256 over [item, kind, arguments...] of every request in item order, as compact JSON lines."""
-    digest = hashlib.sha256()
-    for item, one in sorted(planned.requests.items()):
-        for instance in _instances(one):
-            digest.update(_json([item, instance.request_type, *instance.args]).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _instances(one: Any) -> Iterator[Any]:
-    yield from one.instances
-    if one.gold is not None:
-        yield one.gold
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-
-
 def private_data(tasks: Sequence[PublishedTask]) -> dict[str, str]:
     """Tasks whose items must not be published, whatever was asked for, and why: gated or private data sets.
 
@@ -146,33 +117,60 @@ def private_data(tasks: Sequence[PublishedTask]) -> dict[str, str]:
     return found
 
 
-def write_items(out: Path, lock: Lock, found: Rendered, forbidden: Mapping[str, str]) -> list[str]:
-    """Write items.parquet of the custom tasks that may be published; returns their names, no file without any."""
-    import pyarrow
-    import pyarrow.parquet
+def write_items(
+    out: Path, lock: Lock, found: Rendered, forbidden: Mapping[str, str]
+) -> tuple[Rendered, dict[str, str]]:
+    """Write items.parquet of the custom tasks that may be published; no file without any.
 
+    Returns the tasks with how each one's claimed metric is computed from responses, and, of those that were written, why
+    correctness cannot be compared without the task's own files (empty where it can).
+    """
     names = [t.task for t in found.tasks if t.custom and t.task not in forbidden]
     if found.planned is None or not names:
-        return []
-    columns: dict[str, list[Any]] = {column: [] for column in _COLUMNS}
-    for name in names:
-        for role in ROLES:
-            task_role = lock.task(name).roles[role]
-            hashes = dict(zip(task_role.items, task_role.hashes, strict=True))
-            planned = found.planned[name, role]
-            for item, one in sorted(planned.requests.items()):
-                target = _json(planned.source.task.doc_to_target(one.doc))
-                for number, instance in enumerate(_instances(one)):
-                    row = (name, role, item, hashes[item], number, instance.request_type)
-                    for column, value in zip(_COLUMNS, (*row, *_arguments(instance), target), strict=True):
-                        columns[column].append(value)
-    pyarrow.parquet.write_table(pyarrow.table(columns), out / FILE, compression="zstd")
-    return names
+        return found, {}
+    columns: dict[str, list[Any]] = {column: [] for column in item_file.COLUMNS}
+    scorings = {name: _write_task(columns, name, lock.task(name), found.planned) for name in names}
+    item_file.write(out / item_file.FILE, columns)
+    tasks = tuple(task.model_copy(update={"scoring": scorings.get(task.task)}) for task in found.tasks)
+    return replace(found, tasks=tasks), {name: scoring.why for name, scoring in scorings.items()}
+
+
+def _write_task(
+    columns: dict[str, list[Any]], name: str, task: TaskLock, planned: Mapping[tuple[str, Role], Any]
+) -> Scoring:
+    """Append a task's rows to the columns; without answers where an item of it has none that a rule can be told by."""
+    # each role may have a task of its own
+    ruled = {role: Ruled(planned[name, role].source, task.metric) for role in ROLES}
+    rules = {(one.rule, one.ignore, one.why) for one in ruled.values()}
+    answers = {
+        role: {i: ruled[role].answer(one.doc) for i, one in planned[name, role].requests.items()}
+        for role in ROLES
+    }
+    rule, ignore, why = rules.pop()
+    if rules:
+        rule, why = None, "it is computed in another way for each role"
+    elif rule is not None and any(answer is None for role in ROLES for answer in answers[role].values()):
+        rule, why = None, "what counts as right is no option or text"
+    digests: dict[Role, str] = {}
+    for role in ROLES:
+        hashes = dict(zip(task.roles[role].items, task.roles[role].hashes, strict=True))
+        told: list[tuple[int, str, str]] = []
+        for item, one in sorted(planned[name, role].requests.items()):
+            target = as_json(planned[name, role].source.task.doc_to_target(one.doc))
+            answer = as_json(answers[role][item]) if rule and answers[role][item] else ""
+            told.append((item, hashes[item], answer))
+            for number, instance in enumerate(instances(one)):
+                row = (name, role, item, hashes[item], number, instance.request_type)
+                cells = (*row, *_arguments(instance), target, answer)
+                for column, value in zip(item_file.COLUMNS, cells, strict=True):
+                    columns[column].append(value)
+        digests[role] = answers_digest(told)
+    return Scoring(rule=rule, ignore=ignore if rule else (), why=why, answers=digests)
 
 
 def _arguments(instance: Any) -> tuple[str, str | None, str | None]:
     """(context, continuation, JSON of generation arguments)"""
     args = instance.args
     if instance.request_type == "generate_until":
-        return args[0], None, _json(args[1])
+        return args[0], None, as_json(args[1])
     return args[0], args[1] if len(args) > 1 else None, None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import PublishError, RecipeError, ShoalError
+from shoal.hub.generation import check_generation
 from shoal.hub.published import PublishedLock, parse_published
 from shoal.hub.safe_yaml import MAX_BYTES, read_yaml
 from shoal.lock import ModelLock
@@ -185,6 +186,10 @@ def _check_recipe(recipe: Recipe, lock: PublishedLock) -> None:
     if recipe.output.tokenizer_source not in ("base", "union", *texts):
         raise RecipeError("recipe.yaml: output.tokenizer_source is none of its models")
     check_model_args(recipe)
+    try:
+        check_generation(recipe.evaluation.gen_kwargs)
+    except ValueError as error:
+        raise RecipeError(f"recipe.yaml: evaluation.gen_kwargs: {error}") from None
 
 
 def _is_zoo(include: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoal import zoo
-from shoal.endpoint import without_bars
+from shoal.endpoint import client_errors, reason, retried, without_bars
 from shoal.errors import PublishError
 from shoal.hub.kept import kept
 from shoal.hub.licences import Licence, ParentLicence, lookup, recognise
@@ -54,12 +54,16 @@ class Parent:
 
 @dataclass(frozen=True)
 class Documents:
-    """What a parent says of itself. metadata: front matter of its card; legal: name -> text; lock: a published one's."""
+    """What a parent says of itself. metadata: front matter of its card; legal: name -> text; lock: a published one's.
+
+    unasked: why the lock could not be asked for; empty where it is here or there is none.
+    """
 
     metadata: dict[str, Any]
     legal: tuple[tuple[str, str], ...]
     lock: str | None
     where: str
+    unasked: str = ""
 
 
 def parents_of(models: Sequence[ModelLock]) -> tuple[Parent, ...]:
@@ -127,15 +131,23 @@ def documents(parent: Parent) -> Documents:
     elif parent.kind == "hub":
         folder = _fetched(parent) or folder
     nothing = f"{parent.reference} (no {CARD}, no licence file)"
+    lock, unasked = None, ""
+    if parent.merge and folder is not None:
+        lock = _read(folder / LOCK, MAX_BYTES)
+    elif parent.kind == "hub" and not parent.root:
+        try:
+            lock = _asked(parent)
+        except PublishError as error:
+            unasked = str(error)
     if folder is None:
-        return Documents({}, (), None, nothing)
+        return Documents({}, (), lock, nothing, unasked)
     text = _read(folder / CARD, _MAX_CARD)
-    published = parent.kind == "hub" or parent.merge
     return Documents(
         metadata=front_matter(text, where) if text else {},
         legal=tuple(_legal_files(folder)),
-        lock=_read(folder / LOCK, MAX_BYTES) if published else None,
+        lock=lock,
         where=where if text else nothing,
+        unasked=unasked,
     )
 
 
@@ -150,13 +162,40 @@ def _kept(parent: Parent) -> Path | None:
 
 
 def published_lock(parent: Parent) -> str | None:
-    """The published lock of a parent alone, where it has one that can be had."""
+    """The published lock of a parent alone, None where it has none.
+
+    Raises:
+        PublishError: it could not be asked for, or is too large or no text.
+    """
     if parent.merge or parent.kind != "hub":
         return documents(parent).lock if parent.merge else None
-    import huggingface_hub
+    return _asked(parent)
 
-    found = _got(lambda: huggingface_hub.hf_hub_download(parent.reference, LOCK, revision=parent.commit))
-    return None if found is None else _read(found, MAX_BYTES)
+
+def _asked(parent: Parent) -> str | None:
+    """A Hub parent's lock.yaml at its commit: from the cache, which also knows that there is none, or asked for."""
+    import huggingface_hub
+    from huggingface_hub import _CACHED_NO_EXIST, errors
+
+    repo, commit = parent.reference, parent.commit
+    known = huggingface_hub.try_to_load_from_cache(repo, LOCK, revision=commit)
+    if known is _CACHED_NO_EXIST:
+        return None
+    try:
+        with without_bars():
+            found = retried(
+                lambda: huggingface_hub.hf_hub_download(repo, LOCK, revision=commit),
+                lambda text: None,
+                attempts=2,
+            )
+    except errors.RemoteEntryNotFoundError:
+        return None
+    except client_errors() as error:
+        raise PublishError(f"{LOCK} of {repo} could not be asked for: {reason(error, repo)}") from None
+    text = _read(Path(found), MAX_BYTES)
+    if text is None:
+        raise PublishError(f"{LOCK} of {repo} is larger than {MAX_BYTES:,} bytes, or no text")
+    return text
 
 
 def _fetched(parent: Parent) -> Path | None:

@@ -22,10 +22,10 @@ from shoal.hub.card import CardContent, card
 from shoal.hub.described import Publication, PublishedFile, describe
 from shoal.hub.legal import write_legal
 from shoal.hub.licences import terms
-from shoal.hub.lineage import inherited, lineage, openings
-from shoal.hub.parents import Parent, documents, languages, licences_of, parents_of
+from shoal.hub.lineage import inherited, known_before, lineage, openings
+from shoal.hub.parents import Documents, Parent, documents, languages, licences_of, parents_of
 from shoal.hub.privacy import Scrubber, Secrets, leaks
-from shoal.hub.published import Device, PublishedLock, Winner, json_schema
+from shoal.hub.published import Ancestor, Device, PublishedLock, Winner, json_schema
 from shoal.hub.tolerance import tolerance
 from shoal.journal import Journal
 from shoal.lock import Lock
@@ -102,8 +102,8 @@ def build(
             _weights(folder, work)
         recipe, changed = portable.recipe_here(work.recipe, work.lock, work.scrubber)
         work.left_out += changed
-        locks = {parent: said[parent].lock for parent in parents}
-        ancestors = lineage(work.recipe, run, parents, locks, work.lock)
+        ancestors = _ancestors(work, parents, said)
+        found_items, written_items = _items(folder, work, found_items, include_item_text)
         lock = _published(work, recipe, found_items, ancestors, weights)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (folder / "lock.yaml").write_text(lock.to_yaml(), encoding="utf-8")
@@ -113,7 +113,6 @@ def build(
         say("writing journal, plots and card")
         hidden = tables.write_tables(RunFolder(run).journal, folder, work.lock, work.scrubber)
         work.left_out += [f"journal: events of kind {kind!r} are not published" for kind in hidden]
-        written_items = _items(folder, work, found_items, include_item_text)
         plots = _plots(run, folder)
         _report(run, folder, work)
         write_legal(folder, found_terms)
@@ -193,8 +192,21 @@ def _weights(folder: Path, work: _Work) -> None:
         work.left_out.append(f"{name}: paths of this machine were removed")
 
 
+def _ancestors(
+    work: _Work, parents: Sequence[Parent], said: Mapping[Parent, Documents]
+) -> tuple[Ancestor, ...]:
+    """The lineage; who could not be asked for it is told."""
+    for parent in parents:
+        if said[parent].unasked:
+            work.notes.append(
+                f"whether {parent.reference} descends from other merges is not known: {said[parent].unasked}"
+            )
+    locks = {parent: said[parent].lock for parent in parents if not said[parent].unasked}
+    return known_before(work.lock, lineage(work.recipe, work.run, parents, locks, work.lock))
+
+
 def _published(
-    work: _Work, recipe: Recipe, found: items.Rendered, ancestors: Sequence[Any], with_weights: bool
+    work: _Work, recipe: Recipe, found: items.Rendered, ancestors: Sequence[Ancestor], with_weights: bool
 ) -> PublishedLock:
     if found.planned is None:
         work.notes.append(
@@ -219,28 +231,35 @@ def _published(
             plan_digest=work.plan.digest(),
             weights_sha256=work.result["weights_sha256"],
         ),
-        openings=tuple(dict.fromkeys([*own, *inherited(ancestors)])),
+        openings=tuple(dict.fromkeys([*own, *work.lock.inherited, *inherited(ancestors)])),
         lineage=tuple(ancestors),
         tasks=found.tasks,
         run=portable.lock_here(work.lock, recipe),
     )
 
 
-def _items(folder: Path, work: _Work, found: items.Rendered, wanted: bool) -> list[str]:
-    """Names of the custom tasks whose items were written."""
+def _items(
+    folder: Path, work: _Work, found: items.Rendered, wanted: bool
+) -> tuple[items.Rendered, list[str]]:
+    """The tasks, and the names of the custom ones whose items were written."""
     custom = [t.task for t in found.tasks if t.custom]
     if not wanted:
         if custom:
             work.left_out.append(
                 f"prompts and targets of {', '.join(custom)} are not published (--include-item-text would)"
             )
-        return []
+        return found, []
     forbidden = items.private_data([t for t in found.tasks if t.custom])
     work.left_out += [f"{reason}; its items are not published" for reason in forbidden.values()]
-    written = items.write_items(folder, work.lock, found, forbidden)
+    found, written = items.write_items(folder, work.lock, found, forbidden)
     if written:
         work.notes.append(f"items.parquet publishes prompts and targets of {', '.join(written)}")
-    return written
+    for task, why in written.items():
+        if why:
+            work.notes.append(
+                f"{task}: others compare log-likelihoods, but its metric only with the task's own files: {why}"
+            )
+    return found, list(written)
 
 
 def _plots(run: Path, folder: Path) -> list[str]:

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from shoal.errors import PublishError
 from shoal.hub.safe_yaml import read_yaml
+from shoal.hub.scoring import Scoring
 from shoal.lock import Lock, ModelLock, Opening, Sha256
 from shoal.recipe import Strict
 from shoal.types import MergePlan
@@ -54,6 +55,7 @@ class PublishedTask(Strict):
     items.parquet where that is published; the lock's content hashes tell whether the items are the same. source: of a
     custom task that anybody can build, e.g. `zoo:tiny/tasks`. dataset: lm-eval's dataset_path where it is on the Hub.
     requests: sha256 over the rendered requests of each role, by which equal prompts are known; None where not made.
+    scoring: of a task whose items are in items.parquet, how responses become its metric; None for all others.
     """
 
     task: str
@@ -62,6 +64,7 @@ class PublishedTask(Strict):
     dataset: str | None = None
     dataset_name: str | None = None
     requests: dict[Literal["search", "select", "test"], Sha256] | None = None
+    scoring: Scoring | None = None
 
 
 class Winner(Strict):
@@ -80,7 +83,8 @@ class Ancestor(Strict):
     """A merge that this one descends from. relation: it is a parent, or the search started from it (warm start).
 
     reference: Hub id with commit, or a name where it has none. openings: of its test items, its own ancestors' included.
-    shared: how many test items of the descendant's are test items of it, None where that is not known.
+    shared: how many test items of the descendant's are test items of it, None where that is not known. unknown: it could
+    not be asked for, so that openings and lineage of it are not known, nor whether it is a merge at all.
     """
 
     relation: Literal["parent", "warm start"]
@@ -91,6 +95,7 @@ class Ancestor(Strict):
     parents: Annotated[tuple[str, ...], Field(strict=False)] = ()
     openings: Annotated[tuple[Opening, ...], Field(strict=False)] = ()
     shared: int | None = None
+    unknown: bool = False
     lineage: Annotated[tuple[Ancestor, ...], Field(strict=False)] = ()
 
 

@@ -1,7 +1,8 @@
 """`shoal reproduce`: a published winner made again from its lock, its scores measured again, and what agrees.
 
 Nothing of the repository is executed: its tasks are found by name among lm-eval's own or in a folder of yours, and are
-the lock's by the hashes of their items. Task YAML of the repository is used only where that was asked for.
+the lock's by the hashes of their items; where they are not, and the items were published, these are scored as data (see
+`tasks_here`). Task YAML of the repository is used only where that was asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 
 from shoal.endpoint import Say
 from shoal.errors import EvaluationError, PublishError
-from shoal.hub import items
 from shoal.hub.alone import weights_alone
 from shoal.hub.compare import COMPARED, Compared, compare, read_scores
 from shoal.hub.download import DOCUMENTS, MODEL, check_weights
@@ -23,6 +23,7 @@ from shoal.hub.opened import LOCK, Opened, open_publication
 from shoal.hub.published import Device
 from shoal.hub.rebuild import other_versions, parents_here, rebuilt_sha256
 from shoal.hub.repository import DATA, fetched, split_revision
+from shoal.hub.tasks_here import Supply, supply, tasks_here
 from shoal.lock import Lock
 from shoal.preflight import resolve_include_path
 from shoal.types import Completed, Failed, ItemScore, Job, MergePlan
@@ -46,7 +47,8 @@ class Check:
 class Reproduction:
     """What agrees. notes: what may explain a difference. device: in words, None where nothing was scored.
 
-    rebuilt: whether the weights were made again from the parents; else those that were published were checked.
+    rebuilt: whether the weights were made again from the parents; else those that were published were checked. unjudged:
+    tasks whose correctness was not compared, but only their log-likelihoods.
     """
 
     where: str
@@ -55,6 +57,7 @@ class Reproduction:
     notes: tuple[str, ...] = ()
     device: str | None = None
     rebuilt: bool = True
+    unjudged: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -77,22 +80,18 @@ def reproduce(
     the lock's hash, and scored as they are.
 
     source: a repository (`org/name`, `org/name@revision`), a published lock.yaml, or a folder with one. include_path:
-    folder with the tasks that are not lm-eval's own. trust_tasks: use task YAML that the repository holds, which can
-    run code on this machine.
+    folder with the tasks that are not lm-eval's own; without it their items are taken from what was published. trust_tasks:
+    use task YAML that the repository holds, which can run code on this machine.
 
     Raises:
-        PublishError: it cannot be fetched or rebuilt, or a task is not supplied. EvaluationError, CheckpointError: tasks
+        PublishError: it cannot be fetched or rebuilt, or a task is neither here nor published. EvaluationError, CheckpointError: tasks
             or parents cannot be loaded. What merely differs is no error but a check that does not agree.
     """
     with _opened(source, trust_tasks, limits, say) as opened:
-        tasks = opened.folder / TASKS
-        given = tasks if trust_tasks else None
-        if include_path is not None:
-            given = resolve_include_path(str(include_path), Path(), say)
-        include = _include(opened, given, say) if score else None
+        tasks = _supply(opened, include_path, trust_tasks, say) if score else None
         if opened.local_parents() and opened.lock.weights_published:
-            return _as_published(opened, include, score, device, say)
-        lock = parents_here(opened, include, say)
+            return _as_published(opened, tasks, device, say)
+        lock = parents_here(opened, None if tasks is None else tasks.include, say)
         winner = opened.lock.winner
         count = sum(len(model.files) for model in lock.models)
         checks = [
@@ -107,12 +106,12 @@ def reproduce(
             checks.append(_published_weights(opened))
         versions = other_versions(lock)
         notes = [f"libraries differ: {', '.join(versions)}"] if versions else []
-        if not score:
+        if tasks is None:
             return Reproduction(opened.where, tuple(checks), notes=tuple(notes))
-        return _scored(opened, lock, winner.merge_plan(), device, checks, notes, say)
+        return _scored(opened, lock, tasks, winner.merge_plan(), device, checks, notes, say)
 
 
-def _as_published(opened: Opened, include: Path | None, score: bool, device: str, say: Say) -> Reproduction:
+def _as_published(opened: Opened, tasks: Supply | None, device: str, say: Say) -> Reproduction:
     """The published weights by their hash, and their scores: what can be said without the parents."""
     names = ", ".join(opened.local_parents())
     say("checking the weights")
@@ -121,10 +120,10 @@ def _as_published(opened: Opened, include: Path | None, score: bool, device: str
         f"not rebuilt: its parents {names} are folders that were not published; the weights here are the published ones"
     ]
     found = Reproduction(opened.where, tuple(checks), notes=tuple(notes), rebuilt=False)
-    if not score or not found.agrees:
+    if tasks is None or not found.agrees:
         return found
-    lock, plan = weights_alone(opened, include)
-    return replace(_scored(opened, lock, plan, device, checks, notes, say), rebuilt=False)
+    lock, plan = weights_alone(opened, tasks.include)
+    return replace(_scored(opened, lock, tasks, plan, device, checks, notes, say), rebuilt=False)
 
 
 @contextmanager
@@ -142,32 +141,24 @@ def _opened(source: str | Path, trust_tasks: bool, limits: Limits, say: Say) -> 
         yield opened
 
 
-def _include(opened: Opened, given: Path | None, say: Say) -> Path | None:
-    """The folder of custom tasks: yours, or a zoo's.
+def _supply(opened: Opened, include_path: str | Path | None, trust_tasks: bool, say: Say) -> Supply:
+    """Custom tasks from your folder, from the repository's where you trust it, from a zoo, or as data.
 
     Raises:
-        PublishError: there must be one, and was none.
+        PublishError: there must be one of them, and is none.
     """
-    custom = [task.task for task in opened.lock.tasks if task.custom]
-    if given is not None:
-        if not given.is_dir():
-            raise PublishError(f"{given}: no such folder with tasks")
-        return given.resolve()
-    named = opened.recipe.evaluation.include_path
-    if named is not None and named.startswith("zoo:"):
-        return resolve_include_path(named, Path(), say)
-    if custom:
-        there = ""
-        if (opened.folder / items.FILE).is_file():
-            there = (
-                f"; {items.FILE} holds their rendered requests, but not what is missing: how the task turns answers into"
-                " metrics"
-            )
-        raise PublishError(
-            f"{opened.where}: the tasks {', '.join(custom)} are the publisher's own, and task YAML is never taken from a"
-            f" repository (it can run code); name the folder that you have them in by --include-path{there}"
-        )
-    return None
+    if include_path is not None:
+        given, words = resolve_include_path(str(include_path), Path(), say), "--include-path"
+    elif trust_tasks:
+        given, words = opened.folder / TASKS, "the repository's task files (--trust-tasks)"
+    else:
+        named = opened.recipe.evaluation.include_path
+        if named is None or not named.startswith("zoo:"):
+            return supply(opened, None)
+        given, words = resolve_include_path(named, Path(), say), named
+    if given is None or not given.is_dir():
+        raise PublishError(f"{given}: no such folder with tasks")
+    return supply(opened, given.resolve(), words)
 
 
 def _published_weights(opened: Opened) -> Check:
@@ -182,6 +173,7 @@ def _published_weights(opened: Opened) -> Check:
 def _scored(
     opened: Opened,
     lock: Lock,
+    tasks: Supply,
     plan: MergePlan,
     device: str,
     checks: list[Check],
@@ -191,26 +183,20 @@ def _scored(
     """The same with the scores of `plan`, which merges the models of `lock`."""
     published = read_scores(opened.folder, opened.lock, opened.where)
     say("building requests")
-    _check_tasks(opened, lock)
-    rendered = items.rendered(opened.recipe, lock)
-    if rendered.planned is None:
-        raise EvaluationError(rendered.why)
-    for planned in rendered.planned.values():
-        if getattr(planned.source.task, "UNSAFE_CODE", False):
-            raise EvaluationError(
-                f"task {planned.source.name!r} runs code that the model writes; shoal does not"
-            )
-    here = {task.task: task.requests or {} for task in rendered.tasks}
-    for task in opened.lock.tasks:
+    here = tasks_here(opened, lock, tasks)
+    for task in opened.lock.run.tasks:
+        counts = ", ".join(f"{len(task.roles[role].items)} {role}" for role in COMPARED)
+        checks.append(Check(f"items {task.task}", counts, f"from {here.origins[task.task]}", True))
+    for one in opened.lock.tasks:
         for role in COMPARED:
-            expected = (task.requests or {}).get(role)
-            found = here.get(task.task, {}).get(role)
+            expected = (one.requests or {}).get(role)
+            found = here.digests.get((one.task, role))
             if expected is not None:
                 same = expected == found
                 checks.append(
-                    Check(f"requests {task.task} {role}", expected[:16], (found or "none")[:16], same)
+                    Check(f"requests {one.task} {role}", expected[:16], (found or "none")[:16], same)
                 )
-    worker = LocalWorker(opened.recipe, lock, device, say)
+    worker = LocalWorker(opened.recipe, lock, device, say, tasks=here.planned)
     try:
         where = worker.capabilities().device
         measured = _measured(opened, worker, plan, say)
@@ -221,27 +207,27 @@ def _scored(
         notes.append(
             f"scored on {where}, the publisher on {opened.lock.device.words}: the lock's allowance counts"
         )
-    rows = compare(published, measured, opened.lock, same_kind)
+    notes += here.notes
+    for name, why in here.unjudged.items():
+        metric = lock.task(name).metric
+        notes.append(
+            f"{name}: only log-likelihoods are compared; {metric} needs the task's own files ({why}): --include-path"
+        )
+    rows = compare(published, measured, opened.lock, same_kind, here.unjudged)
     limit = opened.lock.tolerance.loglik
     for row in rows:
         what = f"{row.task} {row.role}"
         allowed = f"at most {row.allowed:.2%}" if row.allowed else "none"
-        checks.append(Check(f"flips {what}", allowed, f"{row.flips} of {row.items}", row.agrees))
+        if row.judged:
+            checks.append(Check(f"flips {what}", allowed, f"{row.flips} of {row.items}", row.agrees))
         if row.largest is not None and row.median is not None:
             words = f"median {row.median:.2g}, largest {row.largest:.2g}"
             checks.append(
                 Check(f"log-likelihood {what}", f"within {limit:g} nats", words, row.largest <= limit)
             )
-    return Reproduction(opened.where, tuple(checks), tuple(rows), tuple(notes), where)
-
-
-def _check_tasks(opened: Opened, lock: Lock) -> None:
-    named = {task.task for task in opened.lock.tasks}
-    for task in lock.tasks:
-        if task.task not in named:
-            raise PublishError(
-                f"{opened.where}: lock.yaml scores {task.task!r}, which it does not list under tasks"
-            )
+    return Reproduction(
+        opened.where, tuple(checks), tuple(rows), tuple(notes), where, unjudged=tuple(here.unjudged)
+    )
 
 
 def _measured(opened: Opened, worker: LocalWorker, plan: MergePlan, say: Say) -> list[ItemScore]:

@@ -34,6 +34,13 @@ class Follower(Protocol):
         """Hear before the search how to ask for its answer so far: a genome [genes] of the space that it is in then."""
 
 
+@runtime_checkable
+class Warned(Protocol):
+    """An observer that tells what somebody must know apart from progress, which may be hidden."""
+
+    def warn(self, text: str) -> None: ...
+
+
 class Silent:
     """An observer that says nothing."""
 

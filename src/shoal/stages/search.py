@@ -75,12 +75,15 @@ class Search:
         told = self._journal.tells()
         objectives = None
         number = asked = 0
+        reason = f"search.budget ({budget} candidates)"
         while asked + self._optimizer.popsize <= budget:
             begun = bool(self._journal.candidates("search", number))
             if not begun and self._out_of_time(number):
+                reason = f"search.max_seconds ({self._evaluator.recipe.search.max_seconds:g} s)"
                 break
             if self._growth.due():
                 if asked + self._growth.popsize > budget:
+                    reason += ": no room for a generation of the next, finer space"
                     break
                 self._optimizer = self._growth.grown(number, self._optimizer)
             course = courses.of(number)
@@ -105,6 +108,9 @@ class Search:
             self._growth.learn(ranking)
             self._seen.told(number, ranking.fitness)
             number, asked = number + 1, asked + len(rows)
+        ended = {"reason": reason, "generations": number, "candidates": asked}
+        if self._journal.events("search ended")[-1:] != [ended]:  # it ends again when more is asked for
+            self._journal.event("search ended", **ended)
 
     def _values(self, ranking: Ranking) -> Genomes:
         """What the optimizer is told: one value per candidate, or for NSGA-II one per candidate and task."""
@@ -170,7 +176,7 @@ class _Failures:
     """Counts failures in a row; those of an earlier process may have had a reason that is gone."""
 
     def __init__(self, evaluator: Evaluator) -> None:
-        self._path = evaluator.folder.path
+        self._path, self._journal = evaluator.folder.path, evaluator.journal
         self._earlier = {(row.candidate, row.rung) for row in evaluator.journal.evaluations()}
         self._in_a_row = 0
 
@@ -180,6 +186,7 @@ class _Failures:
         elif (row.candidate, row.rung) not in self._earlier:
             self._in_a_row += 1
         if self._in_a_row >= FAILURES_IN_A_ROW:
+            self._journal.event("stopped", reason=f"{self._in_a_row} candidates in a row failed")
             raise RunError(
                 f"{self._in_a_row} candidates in a row failed, the last one with: {row.error}; the run is kept in"
                 f" {self._path}"

@@ -20,7 +20,7 @@ from shoal.lock import Lock
 from shoal.preflight import Prepared
 from shoal.recipe import Recipe, TrackerName
 from shoal.report import load_result
-from shoal.stages.observer import Observer
+from shoal.stages.observer import Observer, Warned
 from shoal.tracking.ending import Ending, ending_of
 from shoal.tracking.marks import Marks
 from shoal.tracking.points import Point, points_of, weights_summary
@@ -34,11 +34,19 @@ class Tracking:
     """An observer that passes everything on to `seen`, and sends every generation; as a context, the result as well.
 
     What the journal has and a tracker has not is sent, be it of an earlier process; what a tracker has is not sent twice.
-    A tracker that fails is said once, and gets nothing more from this process.
+    A tracker that fails is said once, and gets nothing more from this process. warn: told of that, as no progress but
+    what somebody must know; by default `seen` is, by its `warn` where it has one.
     """
 
-    def __init__(self, run: Path, trackers: Sequence[TrackerName], seen: Observer) -> None:
+    def __init__(
+        self,
+        run: Path,
+        trackers: Sequence[TrackerName],
+        seen: Observer,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
         self._folder, self._names, self._seen = RunFolder(run), tuple(trackers), seen
+        self._warn = warn or (seen.warn if isinstance(seen, Warned) else seen.say)
         self._open: dict[TrackerName, Tracker] = {}
         self._before: dict[TrackerName, int] = {}
         self._points: dict[int, Point] = {}
@@ -84,7 +92,7 @@ class Tracking:
                 with self._folder.held():
                     self._shielded(self._finish)
             except RunError as problem:
-                self._seen.say(f"note: nothing more is sent to {', '.join(self._names)}: {problem}")
+                self._warn(f"note: nothing more is sent to {', '.join(self._names)}: {problem}")
         for name in list(self._open):
             self._close(name, kind is None)
 
@@ -96,7 +104,7 @@ class Tracking:
             self._scrubber = _scrubber(self._folder.path, recipe, lock)
             about = _about(recipe, lock, self._scrubber)
         except Exception as error:  # noqa: BLE001
-            self._seen.say(f"note: nothing is sent to {', '.join(names)}: {_words(error)}")
+            self._warn(f"note: nothing is sent to {', '.join(names)}: {_words(error)}")
             return
         for name in names:
             try:
@@ -191,7 +199,7 @@ class Tracking:
             do()
         except Exception as error:  # noqa: BLE001
             if not self._open:  # of a finished run, before any was opened
-                self._seen.say(f"note: nothing is sent to {', '.join(self._names)}: {_words(error)}")
+                self._warn(f"note: nothing is sent to {', '.join(self._names)}: {_words(error)}")
             for name in list(self._open):
                 self._drop(name, error)
 
@@ -201,7 +209,7 @@ class Tracking:
             self._open.pop(name).close(False)
 
     def _lost(self, name: TrackerName, error: Exception) -> None:
-        self._seen.say(
+        self._warn(
             f"note: {name} fails and gets nothing more for now, the run goes on; the same command sends later what is"
             f" missing: {_words(error)}"
         )

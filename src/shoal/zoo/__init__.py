@@ -83,12 +83,18 @@ def member_path(zoo: str, member: str, progress: Progress | None = None) -> Path
 
 
 def tasks_path(zoo: str, progress: Progress | None = None) -> Path:
-    """The folder of a zoo's lm-eval tasks, for lm-eval's include_path.
+    """The folder of a zoo's lm-eval tasks, for lm-eval's include_path; written where it is missing, without any model.
+
+    It is a folder of its own in the cache, whether the zoo's models are there or not.
 
     Raises:
-        ShoalError: there is no such zoo, it has no tasks, or it cannot be built here.
+        ShoalError: there is no such zoo, or it has no tasks.
     """
     names(zoo)
     if zoo != "tiny":
         raise ShoalError(f"zoo {zoo!r} has no tasks: {nearest(zoo, ['tiny'])}")
-    return zoo_folder(zoo, progress) / "tasks"
+    from shoal.zoo.tiny_tasks import build_tasks
+
+    folder = cache_folder() / "tiny-tasks"
+    build_tasks(folder, progress)
+    return folder

@@ -10,17 +10,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from shoal.zoo.folder import Manifest, build_once
 from shoal.zoo.skills import LENGTH, Skill, answer, draw, spell
 
 SPLITS = {"train": 300, "validation": 800, "test": 1000}
 METRICS = {"tiny_reverse": "exact_match", "tiny_sort": "acc", "tiny_choice": "acc"}
 SEED = 20240613
+VERSION = 1  # of the items and of the tasks' YAML
 
 
 def items(seed: int = SEED, splits: Mapping[str, int] = SPLITS) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -65,6 +67,21 @@ def _item(task: str, letters: Any, index: int, rng: np.random.Generator) -> dict
 
 def prompt(skill: Skill, string: str) -> str:
     return f"{skill[0]}:{string}>"
+
+
+def build_tasks(folder: Path, progress: Callable[[str, float], None] | None = None) -> Manifest:
+    """Write the tasks alone to `folder`, or take those that are there; return their manifest.
+
+    They come from a generator with a seed, so they are those of any zoo of this version, and need no training.
+    """
+
+    def build(building: Path) -> Manifest:
+        if progress is not None:
+            progress("writing tasks", 0.0)
+        write_tasks(building, folder)
+        return {}
+
+    return build_once(folder, {"zoo": "tiny tasks", "version": VERSION}, build)
 
 
 def write_tasks(
