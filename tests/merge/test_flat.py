@@ -26,7 +26,6 @@ from shoal.merge import (
 )
 from shoal.merge.layout import layouts, settle
 from shoal.merge.runtime_map import runtime_map
-from shoal.search.plans import uniform_merge_plan
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler, found none")
@@ -150,28 +149,17 @@ def test_one_kernel_serves_all_tensors_and_all_weights(llamas, make_plan, kernel
 
 
 @needs_compiler
-def test_kernels_are_kept_for_the_next_process_and_the_compiler_may_be_missing(
-    llamas, first, kernels, tmp_path
-):
-    """The first process has ended; the next one is this one."""
-    from torch._dynamo.utils import counters
-
+def test_kernels_are_kept_for_the_next_process_and_the_compiler_may_be_missing(llamas, first, tmp_path):
     cache, cold = first
     assert cold[:2] == ["notes []", "hits 0 misses 1"]
     assert (cache / "kernels").is_dir()
-    parents, groups = opened(llamas)
-    model = load_runtime(llamas[0])
-    merger = Merger(parents, groups, model, compile="always")
-    before = counters["inductor"].copy()
-    merger.materialize(uniform_merge_plan(groups, ["a", "b", "c", "d"], [0, 1, 2, 3], "float32"))
-    assert merger.notes == []
-    assert (counters["inductor"] - before)["fxgraph_cache_hit"] == 1
-    assert counters["inductor"]["fxgraph_cache_miss"] == before["fxgraph_cache_miss"]
+    second = merged(llamas, cache)
+    assert second[:2] == ["notes []", "hits 1 misses 0"]
     empty = tmp_path / "nothing"
     empty.mkdir()
     bare = merged(llamas, tmp_path / "b", CXX=str(empty / "g++"), PATH=str(empty))
     assert "merges run in eager tiles, slower and with the same result: no working compiler" in bare[0]
-    assert {*cold[2:], *bare[2:]} == {f"sha {weights_sha256(model.named_parameters())}"}
+    assert len({*cold[2:], *second[2:], *bare[2:]}) == 1
 
 
 def test_a_small_model_never_waits_for_a_compiler(llamas, make_plan):
