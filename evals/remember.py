@@ -1,4 +1,4 @@
-"""What an lm-eval task says of an item, asked once: its templates are rendered anew at every call otherwise.
+"""What an lm-eval task says of an item, asked once: its templates are compiled and rendered anew at every call otherwise.
 
 `process_results` asks for text, target and choices of each item of each candidate, which takes longer than the forward
 pass of a short item. They depend on the item alone.
@@ -6,7 +6,9 @@ pass of a short item. They depend on the item alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 _ASKED = ("doc_to_text", "doc_to_target", "doc_to_choice")
@@ -18,6 +20,19 @@ def remember(task: Any) -> None:
         found = getattr(task, name, None)
         if found is not None and not isinstance(found, _Remembered):
             setattr(task, name, _Remembered(found))
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """Within this block lm-eval compiles every template once, and not again for each item: most of what prompts cost."""
+    from lm_eval.utils import env
+
+    compiled: Any = env.from_string
+    env.from_string = cache(compiled)
+    try:
+        yield
+    finally:
+        env.from_string = compiled
 
 
 class _Remembered:

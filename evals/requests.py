@@ -15,6 +15,7 @@ from typing import Any
 from shoal.errors import EvaluationError
 from shoal.evals.catalogue import TaskSource, doc_hash
 from shoal.evals.quiet import quiet_libraries
+from shoal.evals.remember import compiled_once
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ItemRequests:
     gold: Any | None
 
 
+@compiled_once()
 def build_requests(
     source: TaskSource,
     split: str,

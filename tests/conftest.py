@@ -95,13 +95,9 @@ class Pico:
 
 @pytest.fixture(scope="session")
 def lm_eval_once() -> None:
-    """lm-eval compiles a task's templates anew for every item, and reads its 15,000 files anew for every include path.
-
-    Neither changes while tests run, and together they are a third of the time of a run of pico: once a process here.
-    """
+    """lm-eval reads its 15,000 files anew for every include path: once a process here, they do not change."""
     import lm_eval.tasks
     from lm_eval.tasks._index import TaskIndex
-    from lm_eval.utils import env
 
     build = TaskIndex.build
     root = Path(lm_eval.tasks.__file__).parent
@@ -116,7 +112,6 @@ def lm_eval_once() -> None:
             return build(roots, **options)
         return {name: copy.copy(entry) for name, entry in own().items()} | build(roots[1:])
 
-    env.from_string = functools.cache(env.from_string)  # type: ignore[method-assign]
     TaskIndex.build = staticmethod(remembered)  # type: ignore[method-assign, assignment]
 
 

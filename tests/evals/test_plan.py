@@ -32,6 +32,25 @@ def planned(pico: Any, items: Sequence[int], shots: int = 2) -> Any:
     return tasks
 
 
+def test_a_template_is_compiled_once_for_all_items(pico: Any, monkeypatch: Any) -> None:
+    from lm_eval.utils import env
+
+    source = Catalogue(pico.tasks).load("pico_choice")
+    made, before = list[str](), env.from_string
+    monkeypatch.setattr(env, "compile", _counting(env.compile, made))
+    assert len(build_requests(source, source.eval_split, range(20), PromptSpec())) == 20
+    assert len(made) == len(set(made)) > 0
+    assert env.from_string == before
+
+
+def _counting(function: Any, given: list[str]) -> Any:
+    def counted(source: str, *args: Any, **kwargs: Any) -> Any:
+        given.append(source)
+        return function(source, *args, **kwargs)
+
+    return counted
+
+
 def test_a_plan_is_written_once_and_used_again(pico: Any, tmp_path: Path, monkeypatch: Any) -> None:
     tasks, file = planned(pico, range(20)), tmp_path / "plan.safetensors"
     items = {key: range(20) for key in tasks}
