@@ -3,9 +3,10 @@ model `shoal` known to lm-eval.
 
 registry    the model `shoal` in lm-eval's registry
 catalogue   finds lm-eval tasks by name, their splits, metrics and items
+index       lm-eval's index of its own tasks, kept on disk
 members     what a group or tag of lm-eval stands for
 requests    builds a task's requests once, over a whole split in data-set order
-remember    what a task says of an item, asked once
+remember    what a task says of an item, asked once, by templates that are compiled once
 plan        every request's tokens, saved and used again; what a set of items costs
 resident    lm-eval's `hf` model class on a model that stays in memory while its weights change: the model `shoal`
 tree        token sequences as one tree, laid out for forward passes

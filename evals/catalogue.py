@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import EvaluationError, RecipeError, nearest
+from shoal.evals.index import kept_index
 from shoal.evals.members import leaves
 from shoal.evals.quiet import quiet_libraries
 
@@ -38,8 +39,8 @@ class Metric:
 class Catalogue:
     """The tasks that can be named: those under `include_path` first, then lm-eval's own.
 
-    lm-eval's own index takes seconds to build (about 15,000 files), so it is built only for a name that the include
-    path does not have. metadata: what lm-eval hands to tasks that ask for it (its model arguments).
+    lm-eval's own index is large (see `shoal.evals.index`), so it is looked at only for a name that the include path does
+    not have. metadata: what lm-eval hands to tasks that ask for it (its model arguments).
     """
 
     def __init__(self, include_path: Path | None = None, metadata: Mapping[str, Any] | None = None) -> None:
@@ -60,9 +61,10 @@ class Catalogue:
     def _all(self) -> Any:
         from lm_eval.tasks import TaskManager
 
-        return TaskManager(
-            include_path=str(self.include_path) if self.include_path else None, metadata=self._metadata
-        )
+        with kept_index():
+            return TaskManager(
+                include_path=str(self.include_path) if self.include_path else None, metadata=self._metadata
+            )
 
     def load(self, name: str) -> TaskSource:
         """The task of this name, with its data set loaded.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,48 +91,9 @@ class Pico:
         } | changes
 
 
-@pytest.fixture(scope="session")
-def lm_eval_once() -> None:
-    """lm-eval reads its 15,000 files anew for every include path: once a process here, they do not change."""
-    import lm_eval.tasks
-    from lm_eval.tasks._index import TaskIndex
-
-    build = TaskIndex.build
-    root = Path(lm_eval.tasks.__file__).parent
-
-    @functools.cache
-    def own() -> dict[str, object]:
-        return build([root])
-
-    def remembered(paths: Iterable[Path], **options: object) -> dict[str, object]:
-        roots = list(paths)
-        if options or roots[:1] != [root]:
-            return build(roots, **options)
-        return {name: copy.copy(entry) for name, entry in own().items()} | build(roots[1:])
-
-    TaskIndex.build = staticmethod(remembered)  # type: ignore[method-assign, assignment]
-
-
-@pytest.fixture(scope="session")
-def pico(lm_eval_once: None, tmp_path_factory: pytest.TempPathFactory) -> Pico:
-    folder = tmp_path_factory.mktemp("pico")
-    write_models(folder)
-    write_tasks(folder / "tasks")
-    return Pico(folder)
-
-
-@pytest.fixture(scope="session")
-def deep(lm_eval_once: None, tmp_path_factory: pytest.TempPathFactory) -> Pico:
-    """The same with four layers, for what works on blocks of layers."""
-    folder = tmp_path_factory.mktemp("deep")
-    write_models(folder, layers=4)
-    write_tasks(folder / "tasks")
-    return Pico(folder)
-
-
-@pytest.fixture(scope="module")
-def zoo_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache for what shoal builds, unless the caller names one: the zoo is built once for all workers of this run."""
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache for what shoal keeps, unless the caller names one: built once for all workers, and not the user's."""
     with pytest.MonkeyPatch.context() as patch:
         if "SHOAL_CACHE" not in os.environ:
             base = tmp_path_factory.getbasetemp()
@@ -143,8 +102,25 @@ def zoo_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
+    folder = tmp_path_factory.mktemp("pico")
+    write_models(folder)
+    write_tasks(folder / "tasks")
+    return Pico(folder)
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Pico:
+    """The same with four layers, for what works on blocks of layers."""
+    folder = tmp_path_factory.mktemp("deep")
+    write_models(folder, layers=4)
+    write_tasks(folder / "tasks")
+    return Pico(folder)
+
+
 @pytest.fixture(scope="module")
-def small_zoo(zoo_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def small_zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The tiny zoo with a third of its items: the same models, and tasks by the same generator, in a cache of its own."""
     from shoal import zoo
     from shoal.zoo.folder import build_once

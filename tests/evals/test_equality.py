@@ -417,7 +417,7 @@ SMOOTH = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "
 
 
 @pytest.fixture(scope="module")
-def manager(lm_eval_once: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def manager(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """lm-eval's tasks above, over local files: 12 items, two of them longer than the context."""
     from lm_eval.tasks import TaskManager
 
@@ -616,7 +616,7 @@ def test_smollm2_scores_as_in_stock_lm_eval() -> None:
     folder = cache_folder() / "smollm2"
     if read_manifest(folder) is None:
         pytest.skip(
-            "the zoo smollm2 is not in the cache; build it with: shoal zoo smollm2 DIR, or set SHOAL_CACHE"
+            "the zoo smollm2 is not in the cache that SHOAL_CACHE names; build it with: shoal zoo smollm2"
         )
     with quiet_libraries():
         words = AutoTokenizer.from_pretrained(folder / "base")
