@@ -57,8 +57,7 @@ def _own(folder: Path, build: Any) -> dict[str, Any]:
         name: [entry.kind.name, entry.yaml_path and str(entry.yaml_path), entry.cfg, sorted(entry.tags)]
         for name, entry in index.items()
     }
-    # none there, or a broken one: built anew
-    with suppress(OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, TypeError):  # a cache that cannot be written costs time only
         text = json.dumps({"format": FORMAT, "state": state, "entries": entries})
         if json.loads(text)["entries"] == entries:  # nothing in it that JSON has no word for
             _write(file, gzip.compress(text.encode(), 5))
