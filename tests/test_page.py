@@ -167,6 +167,7 @@ def test_the_numbers_are_the_results_own(finished: tuple[Path, dict[str, Any]]) 
         assert " ".join(" ".join(row).split()) in outline.text
     for line in result_words(result)[1:]:
         assert line[1:] in outline.text
+    assert f"The search ended with {result['cost']['ended']}." in outline.text
     assert result["weights_sha256"] in outline.text
     assert load_recipe(run / "recipe.yaml").to_yaml() in html.unescape((run / "report.html").read_text())
     for model in yaml.safe_load((run / "lock.yaml").read_text())["models"]:

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 from shoal.cli import app
 from shoal.errors import PublishError
 from shoal.hub import item_file
-from shoal.hub.compare import COMPARED
 from shoal.hub.generation import check_generation
 from shoal.hub.item_file import COLUMNS, FILE, read_items
 from shoal.hub.published import load_published
 from shoal.hub.reproduce import reproduce
+from shoal.hub.score_file import COMPARED
 
 Row = dict[str, Any]
 DIGITS = {

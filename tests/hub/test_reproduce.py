@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from shoal.cli import app
 from shoal.errors import PublishError, ShoalError
 from shoal.hub import weights
-from shoal.hub.compare import compare, read_scores
+from shoal.hub.compare import compare
 from shoal.hub.publish import dry_run
 from shoal.hub.published import load_published
 from shoal.hub.reproduce import Reproduction, reproduce
+from shoal.hub.score_file import read_scores
 from shoal.run import evolve
 from shoal.types import ItemScore
 

@@ -271,6 +271,12 @@ def test_a_run_must_be_finished_and_the_folder_new(hub_run: Path, tmp_path: Path
     assert (tmp_path / "full" / "x").read_text() == "x"
 
 
+def test_events_of_ours_are_published_whole(hub_run: Path, recipe_only: Publication) -> None:
+    found = {row["kind"]: json.loads(row["data"]) for row in rows(recipe_only.folder, "events")}
+    (ended,) = Journal(hub_run / "journal.sqlite").events("search ended")
+    assert found["search ended"] == ended and ended["reason"] == "search.budget (12 candidates)"
+
+
 # --- privacy
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.errors import PublishError
-from shoal.hub.compare import COMPARED
 from shoal.hub.generation import check_generation
 from shoal.hub.published import PublishedLock, PublishedTask
+from shoal.hub.score_file import COMPARED
 from shoal.hub.scoring import CHOICES, DataTask, answers_digest
 from shoal.lock import RoleLock, TaskLock
 from shoal.types import Role

@@ -16,13 +16,14 @@ from pathlib import Path
 from shoal.endpoint import Say
 from shoal.errors import EvaluationError, PublishError
 from shoal.hub.alone import weights_alone
-from shoal.hub.compare import COMPARED, Compared, compare, read_scores
+from shoal.hub.compare import Compared, compare
 from shoal.hub.download import DOCUMENTS, MODEL, check_weights
 from shoal.hub.fetch import DEFAULT_LIMITS, Limits
 from shoal.hub.opened import LOCK, Opened, open_publication
 from shoal.hub.published import Device
 from shoal.hub.rebuild import other_versions, parents_here, rebuilt_sha256
 from shoal.hub.repository import DATA, fetched, split_revision
+from shoal.hub.score_file import COMPARED, read_scores
 from shoal.hub.tasks_here import Supply, supply, tasks_here
 from shoal.lock import Lock
 from shoal.preflight import resolve_include_path

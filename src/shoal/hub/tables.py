@@ -39,6 +39,8 @@ _EVENTS: Mapping[str, tuple[str, ...]] = {
     "course": (),  # all of its fields: numbers and names of tasks
     "growth": (),
     "out of time": ("generation", "max_seconds", "spent"),
+    "search ended": ("reason", "generations", "candidates"),
+    "stopped": ("reason",),
     "disqualified": ("candidate", "reason"),
     "unwritten": ("candidates", "reason"),
     "written": ("candidate", "prompts", "ended", "sanity", "seconds_merge", "seconds_score"),
