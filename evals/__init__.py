@@ -11,7 +11,9 @@ plan        every request's tokens, saved and used again; what a set of items co
 resident    lm-eval's `hf` model class on a model that stays in memory while its weights change: the model `shoal`
 tree        token sequences as one tree, laid out for forward passes
 attention   attention over that tree, as an attention function of transformers
+abreast     forward passes side by side, each by a share of the threads
 engine      log-likelihoods over the tree or in plain batches
+picking     log-probabilities of chosen tokens from logits; `head` keeps the logits' memory
 generation  generates with continuous batching; `slots` holds keys and values of what runs
 scorer      scores a subset of the items, one row per item
 writing     what a model writes to prompts of ours

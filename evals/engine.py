@@ -22,6 +22,7 @@ from shoal.evals.abreast import Trunks
 from shoal.evals.attention import Pass, attending, implementing
 from shoal.evals.head import Head
 from shoal.evals.heap import keep_free_heap
+from shoal.evals.picking import picked
 from shoal.evals.tree import USUAL, Costs, Scored, Statistics, layout
 
 BUDGET_CPU, BUDGET_GPU = (
@@ -193,9 +194,9 @@ class TreeEngine:
         try:
             computed = abreast.run(self._targets, passes, trunks, self.abreast)
             with implementing(self.model), self._head.ready(), closing(computed) as found:
-                for one, (picked, best) in zip(passes, found, strict=True):
+                for one, (values, best) in zip(passes, found, strict=True):
                     owner = one.batch.reads[2]
-                    np.add.at(sums, owner, picked)
+                    np.add.at(sums, owner, values)
                     np.logical_and.at(greedy, owner, best)
                     # passes before this one have ended, and none after it needs these
                     for row in one.batch.drop:
@@ -213,40 +214,8 @@ class TreeEngine:
                 use_cache=False,
                 logits_to_keep=one.wanted,
             ).logits[0]
-        index, token = one.reads[0], one.reads[1]
-        normal, top = normalisers(logits)
-        picked = logits[index, token].float()
-        best = picked == top[index]
-        likeliest = first_of_the_largest(logits, torch.unique(index[best]))
-        best &= likeliest[index] == token
-        return (picked - normal[index]).double().cpu().numpy(), best.cpu().numpy()
-
-
-def normalisers(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row of `logits` [N, vocabulary]: log-sum-exp and largest logit, in float32."""
-    if not len(logits):
-        return logits.new_zeros(0, dtype=torch.float32), logits.new_zeros(0, dtype=torch.float32)
-    # a few rows at a time stay in the cache between the passes
-    step = max(1, (1 << 20) // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    sums, tops = [], []
-    for low in range(0, len(logits), step):
-        part = logits[low : low + step].float()
-        top = part.amax(dim=-1)
-        # one fused kernel: the largest log-probability is the largest logit less the log-sum-exp
-        sums.append(top - torch.log_softmax(part, dim=-1).amax(dim=-1))
-        tops.append(top)
-    return torch.cat(sums), torch.cat(tops)
-
-
-def first_of_the_largest(logits: Tensor, rows: Tensor) -> Tensor:
-    """Per row of `logits` [N, vocabulary] the first index of its largest logit, -1 in rows that are not in `rows`."""
-    found = torch.full((len(logits),), -1, dtype=torch.long, device=logits.device)
-    if logits.device.type != "cpu":
-        found[rows] = logits[rows].argmax(dim=-1)
-        return found
-    for row in rows.tolist():  # a copy of the rows takes longer than looking through them
-        found[row] = logits[row].argmax()
-    return found
+        values, best = picked(logits, one.reads[0], one.reads[1])
+        return values.double().cpu().numpy(), best.cpu().numpy()
 
 
 class PlainEngine:
@@ -285,18 +254,16 @@ class PlainEngine:
                     targets = torch.tensor(sequences[index].targets, device=logits.device)
                     end = len(tokens) - first
                     part = torch.log_softmax(logits[row, end - len(targets) : end].float(), dim=-1)
-                    picked = part.gather(1, targets.unsqueeze(1)).sum()
-                    results[index] = LogLikelihood(
-                        float(picked), bool((part.argmax(dim=-1) == targets).all())
-                    )
+                    value = part.gather(1, targets.unsqueeze(1)).sum()
+                    results[index] = LogLikelihood(float(value), bool((part.argmax(dim=-1) == targets).all()))
         return results
 
     @torch.inference_mode()
     def gaps(self, prompt: tuple[int, ...], made: Sequence[int]) -> list[float]:
         """By how much the logit of each token of `made`, which follow `prompt`, falls short of the largest there."""
         logits = self.logits([(*prompt, *made[:-1])], len(prompt) - 1)[0].float()
-        picked = logits.gather(1, torch.tensor(list(made), device=logits.device).unsqueeze(1))[:, 0]
-        return [float(x) for x in logits.amax(dim=-1) - picked]
+        chosen = logits.gather(1, torch.tensor(list(made), device=logits.device).unsqueeze(1))[:, 0]
+        return [float(x) for x in logits.amax(dim=-1) - chosen]
 
     def logits(self, rows: Sequence[tuple[int, ...]], first: int) -> Tensor:
         """Logits [rows, width - first, vocabulary] of the positions from `first` on."""

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
-from shoal.evals.engine import first_of_the_largest
 from shoal.evals.head import Head
 
 
@@ -97,8 +96,3 @@ def test_a_forward_that_was_put_there_comes_back() -> None:
     with Head(model).ready():
         model.layer(torch.randn(2, 16))
     assert model.layer.forward is put
-
-
-def test_of_equal_logits_the_first_token_is_the_likeliest() -> None:
-    logits = torch.tensor([[0.0, 2.0, 2.0], [3.0, 1.0, 3.0], [0.0, 0.0, 1.0]])
-    assert first_of_the_largest(logits, torch.tensor([0, 1])).tolist() == [1, 0, -1]
