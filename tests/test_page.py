@@ -179,6 +179,12 @@ def said(page: Page, **changes: Any) -> str:
     return Outline(render(replace(page, result={**page.result, **changes}))).text
 
 
+def test_a_result_of_before_it_said_why_its_search_ended(page: Page) -> None:
+    assert page.result is not None
+    cost = {key: value for key, value in page.result["cost"].items() if key != "ended"}
+    assert "The search ended" not in said(page, cost=cost)
+
+
 def test_the_words_follow_the_verdict(page: Page) -> None:
     assert page.result is not None
     heads = {"beats": "Improvement shown", "worse": "Worse", "underpowered": "No improvement shown"}
