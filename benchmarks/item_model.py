@@ -30,6 +30,7 @@ from shoal.types import ParameterSpec, TensorGroup
 Floats = NDArray[np.float64]
 
 LAYERS, TYPES, PARENTS, TASKS = 24, ("attn", "mlp"), 3, 2
+SIZES = {"search": 300, "select": 150, "test": 300}  # items of each role, per task
 MODELS = ("base", "first", "second", "third")
 FEATURES = 64
 OWN_DIRECTION = 0.6  # of an item, in units of the spread of difficulties
