@@ -11,13 +11,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, ParamSpec, TypeVar
 
 import typer
-from typer.core import TyperCommand
 
-from shoal import cli_hub
-from shoal.errors import EvaluationError, RunError, ShoalError
+from shoal import cli_hub, cli_score
+from shoal.cli_options import DeviceOption, QuietOption, terminal
+from shoal.errors import RunError, ShoalError
 from shoal.version import __version__
 
 P = ParamSpec("P")
@@ -34,7 +34,6 @@ zoo_app = typer.Typer(no_args_is_help=True, help="Build models to try shoal with
 app.add_typer(zoo_app, name="zoo")
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="Folder of the run; default runs/NAME.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 MemoryOption = Annotated[
     str,
     typer.Option(
@@ -44,7 +43,6 @@ MemoryOption = Annotated[
 LimitOption = Annotated[
     float | None, typer.Option("--memory-limit", min=0.0, help="GiB of device memory to stay under.")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")]
 SaveOption = Annotated[
     bool, typer.Option("--save-weights", help="Also write the winner as a model folder, RUN/best/model.")
 ]
@@ -173,7 +171,7 @@ def validate(
     from shoal.run import inheriting, placed, warmed
     from shoal.worker import resolve_device
 
-    console = _console()
+    console = terminal()
     loaded, folder = load_recipe(recipe), recipe.parent
     merges = merges_of(loaded, folder)
     prepared = warmed(prepare(loaded, folder, outlines=True, merges=merges), folder)
@@ -224,201 +222,18 @@ def _merge(source: Path, out: Path, candidate: str | None, seed: int, shard_size
     from shoal.merge.mergekit_bridge import write_config
     from shoal.progress import merging
 
-    with merging(_console(), quiet) as progress:
+    with merging(terminal(), quiet) as progress:
         written = write_config(
             source, out, seed=seed, max_shard_bytes=int(shard_size * 1e9), progress=progress
         )
     typer.echo(written.words())
 
 
-# lm-eval's flags that may carry a value
-OPTIONAL_VALUE = (
-    "--apply_chat_template",
-    "--apply-chat-template",
-    "--fewshot_as_multiturn",
-    "--fewshot-as-multiturn",
+app.command(cls=cli_score.Score)(guarded(cli_score.score))
+app.command("lm-eval", cls=cli_score.PassedOn, add_help_option=False, options_metavar="ARGS...")(
+    guarded(cli_score.lm_eval)
 )
-
-
-class _Score(TyperCommand):
-    """Gives a flag without a value, which typer does not know, the value that lm-eval takes it for."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        following = [*args[1:], "-"]
-        return super().parse_args(
-            ctx,
-            [
-                f"{arg}=true" if arg in OPTIONAL_VALUE and after.startswith("-") else arg
-                for arg, after in zip(args, following, strict=False)
-            ],
-        )
-
-
-@app.command(cls=_Score)
-@guarded
-def score(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, zoo:tiny/base, or base+adapter.")],
-    tasks: Annotated[
-        str, typer.Option("--tasks", help="lm-eval tasks, groups and tags, separated by commas.")
-    ],
-    include_path: Annotated[
-        str | None,
-        typer.Option(
-            "--include_path", "--include-path", help="Folder with more task YAMLs; zoo:tiny/tasks works."
-        ),
-    ] = None,
-    num_fewshot: Annotated[int | None, typer.Option("--num_fewshot", "--num-fewshot", min=0)] = None,
-    limit: Annotated[
-        float | None, typer.Option(help="Only the first items of each task; below 1: this share.")
-    ] = None,
-    batch_size: Annotated[
-        str, typer.Option("--batch_size", "--batch-size", help="Rows, or auto; halved when memory runs out.")
-    ] = "64",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    apply_chat_template: Annotated[
-        str | None,
-        typer.Option(
-            "--apply_chat_template", "--apply-chat-template", metavar="[NAME]", help="Of the tokenizer."
-        ),
-    ] = None,
-    fewshot_as_multiturn: Annotated[
-        str | None,
-        typer.Option(
-            "--fewshot_as_multiturn",
-            "--fewshot-as-multiturn",
-            metavar="[true|false]",
-            help="Default: true with a chat template.",
-        ),
-    ] = None,
-    system_instruction: Annotated[
-        str | None, typer.Option("--system_instruction", "--system-instruction")
-    ] = None,
-    gen_kwargs: Annotated[
-        str | None,
-        typer.Option("--gen_kwargs", "--gen-kwargs", help="key=value,key=value or JSON, for generation."),
-    ] = None,
-    output_path: Annotated[
-        Path | None,
-        typer.Option(
-            "--output_path", "--output-path", "-o", help="Folder or .json for lm-eval's results file."
-        ),
-    ] = None,
-    log_samples: Annotated[
-        bool, typer.Option("--log_samples", "--log-samples", "-s", help="Also lm-eval's samples files.")
-    ] = False,
-    device: DeviceOption = "auto",
-    quiet: QuietOption = False,
-) -> None:
-    """Score one model on lm-eval tasks; options are spelled as in lm-eval."""
-    from shoal.preflight import resolve_include_path
-    from shoal.score import score_model
-
-    console = _console()
-    say = (lambda text: None) if quiet else (lambda text: console.print(text, markup=False, highlight=False))
-    scores = score_model(
-        model,
-        [name.strip() for name in tasks.split(",") if name.strip()],
-        include_path=resolve_include_path(include_path, Path(), say),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=_batch_size(batch_size),
-        dtype=dtype,
-        device=device,
-        apply_chat_template=True if apply_chat_template == "true" else apply_chat_template or False,
-        fewshot_as_multiturn=None
-        if fewshot_as_multiturn is None
-        else fewshot_as_multiturn.lower() in ("true", "1", "yes"),
-        system_instruction=system_instruction,
-        gen_kwargs=_keys_and_values(gen_kwargs),
-        output_path=output_path,
-        log_samples=log_samples,
-        say=say,
-    )
-    console.print(_score_table(model, scores.rows))
-    if scores.speed is not None:
-        console.print(scores.speed.words(), markup=False, highlight=False)
-    for path in scores.files:
-        console.print(f"written to {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _score_table(title: str, rows: Any) -> Any:
-    from rich.table import Table
-
-    table = Table("task", "metric", "", "value", "stderr", "items", title=title, title_justify="left")
-    better = {True: "higher is better", False: "lower is better", None: ""}
-    for row in rows:
-        error = "" if row.stderr is None else f"{row.stderr:.4f}"
-        name = f"{'  ' * row.depth}{row.task}"
-        table.add_row(
-            name, row.metric, better[row.higher_is_better], f"{row.value:.4f}", error, str(row.items)
-        )
-    return table
-
-
-def _batch_size(text: str) -> int | str:
-    if text.isdecimal() and int(text):
-        return int(text)
-    if text.partition(":")[0] != "auto":
-        raise EvaluationError(f"--batch_size: expected a number of rows or auto, found {text!r}")
-    return text
-
-
-def _keys_and_values(text: str | None) -> dict[str, Any] | None:
-    """lm-eval's spelling of several values in one argument: JSON, or key=value,key=value."""
-    if text is None:
-        return None
-    from lm_eval._cli.utils import key_val_to_dict, try_parse_json
-
-    try:
-        found = try_parse_json(text)
-        return found if isinstance(found, dict) else dict(key_val_to_dict(text))
-    except ValueError as error:
-        raise EvaluationError(f"--gen_kwargs: {error}") from None
-
-
-class _PassedOn(TyperCommand):
-    """A command whose arguments, --help among them, are somebody else's."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.args = list(args)
-        return []
-
-
-@app.command("lm-eval", cls=_PassedOn, add_help_option=False, options_metavar="ARGS...")
-@guarded
-def lm_eval(ctx: typer.Context) -> None:
-    """lm-eval's own command line, with `--model shoal` known to it: `shoal lm-eval run --model shoal ...`."""
-    import shoal.evals  # noqa: F401 - registers the model
-
-    before = sys.argv
-    sys.argv = ["lm-eval", *ctx.args]
-    try:
-        from lm_eval.__main__ import cli_evaluate
-
-        cli_evaluate()
-    finally:
-        sys.argv = before
-
-
-@app.command()
-@guarded
-def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    to_lm_eval: Annotated[
-        bool, typer.Option("--lm-eval", "--lm_eval", help="As lm-eval's results and samples files.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder to write to; default RUN/lm-eval.")
-    ] = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Write the test scores of a run's parents and winner for other tools; nothing is scored again."""
-    if not to_lm_eval:
-        raise RunError("say as what: --lm-eval")
-    from shoal.export import export_lm_eval
-
-    written = export_lm_eval(run, out, say=(lambda text: None) if quiet else typer.echo)
-    typer.echo(f"{sum(map(len, written.values()))} files of {len(written)} models")
+app.command()(guarded(cli_score.export))
 
 
 @app.command()
@@ -447,7 +262,7 @@ def pareto(
     table = Table(*header, title=f"{run}: {', '.join(front.tasks)}", title_justify="left")
     for row in rows:
         table.add_row(*row)
-    console = _console()
+    console = terminal()
     console.print(table)
     for line in front_words(front):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -537,7 +352,7 @@ def zoo_tiny(
     from shoal.zoo.tiny import build_tiny
 
     manifest = build_tiny(folder, None if quiet else _zoo_progress())
-    console = _console()
+    console = terminal()
     for model, figures in manifest["figures"].items():
         scores = "  ".join(f"{task} {value:.2f}" for task, value in figures.items())
         console.print(f"{model:>10}: {scores}", markup=False, highlight=False)
@@ -589,7 +404,7 @@ def _evolve(
     if recipe_path is None and run is None:
         raise RunError("--from without a recipe: name the new run's folder by --run")
     run = run or Path("runs") / load_recipe(recipe_path or "").name
-    console = _console()
+    console = terminal()
     with observer(console, quiet) as seen:
         result = evolve_run(
             recipe_path,
@@ -619,13 +434,6 @@ def _evolve(
 
 def _bytes(gibibytes: float | None) -> int | None:
     return None if gibibytes is None else int(gibibytes * 2**30)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # a log or a pipe has no width of its own; tables must not be cut there
-    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def _zoo_progress() -> Callable[[str, float], None]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoal.cli_options import QuietOption, terminal
 from shoal.endpoint import without_bars
 from shoal.errors import PublishError
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 hub_app = typer.Typer(no_args_is_help=True, help="What is published on the Hub.")
 
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only.")]
 RepoArgument = Annotated[
     str, typer.Argument(help="Repository of the Hub: org/name, or org/name@revision.", show_default=False)
 ]
@@ -160,7 +160,7 @@ def reproduce(
 def _print(found: Reproduction, scored: bool) -> None:
     from rich.table import Table
 
-    console = _console()
+    console = terminal()
     table = Table("", "published", "here", "agrees", title=found.where, title_justify="left")
     for check in found.checks:
         table.add_row(check.what, check.expected, check.found, "yes" if check.agrees else "NO")
@@ -205,16 +205,10 @@ def list_(
             one.updated or "",
             str(one.downloads),
         )
-    _console().print(table)
+    terminal().print(table)
     if not found:
         typer.echo("none was found")
 
 
 def _say(quiet: bool) -> Any:
     return (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=160)
