@@ -62,6 +62,8 @@ def settings() -> list[Setting]:
         replace(OURS, name="ours, 8 items", items=8),
         replace(OURS, name="ours, 32 items", items=32),
         replace(OURS, name="ours, 64 items", items=64),
+        replace(OURS, name="ours, anchors on 32 items", anchor_items=32),
+        replace(OURS, name="ours, anchors on 64 items", anchor_items=64),
         replace(OURS, name="ours, anchors on all search items", anchor_items=SIZES["search"]),
         replace(OURS, name="ours, first items for ever", fresh=False),
         replace(OURS, name="ours, separate items per candidate", separate=True),
