@@ -160,11 +160,13 @@ def run_cells(
 
 def test_a_run_shows_bars_in_one_output_and_leaves_plots_alone(pico: Any, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(pico.recipe()))
+    short = pico.recipe()["search"] | {"budget": 4}
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(pico.recipe(search=short)))
     shown, again, quiet, plotted = run_cells(
         tmp_path,
         "import matplotlib.pyplot as plt, shoal\nresult = shoal.evolve('recipe.yaml', 'run', device='cpu')",
         "assert shoal.evolve('recipe.yaml', 'run', device='cpu') == result",
-        "shoal.evolve('recipe.yaml', 'quiet', device='cpu', quiet=True)['verdict']",
+        "shoal.evolve('short.yaml', 'quiet', device='cpu', quiet=True)['verdict']",
         "plt.plot([1, 2])\nplt.show()",
     )
     bars = [output for output in shown if output.output_type == "display_data"]

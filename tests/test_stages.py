@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Meddler, content, evolve_killed_after_every_step, meddled, recipe, stable
+from runs import Mute, content, evolve_killed_after_every_step, meddled, recipe, stable
 
 from shoal.errors import RunError
 from shoal.journal import Journal
@@ -46,7 +46,7 @@ def journal_of(run: Path) -> Journal:
 def instead(
     change: Callable[[Job, Completed], Completed | Failed], wanted: Callable[[Job], bool]
 ) -> Callable[[Prepared, str], Worker]:
-    """A worker that scores a wanted job and then hands back something else."""
+    """A worker that scores a wanted job and then hands back something else; it does not write."""
 
     def make(prepared: Prepared, device: str) -> Worker:
         inner = LocalWorker(prepared.recipe, prepared.lock, device)
@@ -59,7 +59,7 @@ def instead(
             assert isinstance(done, Completed)
             return change(job, done)
 
-        return Meddler(inner, meddle)
+        return Mute(inner, meddle)
 
     return make
 

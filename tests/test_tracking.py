@@ -11,13 +11,12 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from runs import Killed, Meddler, recipe, stable
+from runs import Killed, Mute, recipe, stable
 from typer.testing import CliRunner
 from wandb_server import WandbServer, serving
 
@@ -35,7 +34,7 @@ from shoal.stages.observer import Silent
 from shoal.tracking import TrackerError, Tracking, chosen
 from shoal.tracking.marks import Marks
 from shoal.tracking.points import points_of, weights_summary
-from shoal.types import Capabilities, Job, Worker
+from shoal.types import Job, Worker
 from shoal.worker import LocalWorker
 
 MINIMAL = "name: x\nmodels: [a/b, c/d]\ntasks: [{task: t}]\n"
@@ -51,13 +50,6 @@ class Heard(Silent):
     @property
     def failures(self) -> list[str]:
         return [line for line in self.lines if " fails and gets nothing more " in line]
-
-
-class Mute(Meddler):
-    """Of a worker that does not write to the prompts of the sanity guard, which is most of the time of a run of pico."""
-
-    def capabilities(self) -> Capabilities:
-        return replace(super().capabilities(), writes=False)
 
 
 def tracked(
