@@ -23,7 +23,10 @@ FORMAT = 1  # of the kept file
 
 @contextmanager
 def kept_index() -> Iterator[None]:
-    """Within this block lm-eval's `TaskManager` takes the index of lm-eval's own folder from the cache, if it is there."""
+    """Within this block lm-eval's `TaskManager` takes the index of lm-eval's own folder from the cache, if it is there.
+
+    It changes lm-eval's class for the block: not for several threads at once.
+    """
     import lm_eval.tasks
     from lm_eval.tasks._index import TaskIndex
 
@@ -48,7 +51,7 @@ def _own(folder: Path, build: Any) -> dict[str, Any]:
     state = _state(folder)
     file = cache_folder() / "lm-eval" / f"{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json.gz"
     # none there, or a broken one: built anew
-    with suppress(OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
+    with suppress(OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError):
         found = json.loads(gzip.decompress(file.read_bytes()))
         if found["format"] == FORMAT and found["state"] == state:
             return {name: _entry(name, *fields) for name, fields in found["entries"].items()}
@@ -71,12 +74,12 @@ def _entry(name: str, kind: str, path: str | None, config: Mapping[str, Any] | N
 
 
 def _state(folder: Path) -> str:
-    """A digest of name, size and time of every task file."""
+    """A digest of name, size and time of every task file, those that others include among them."""
     files = []
     for place, _, _ in os.walk(folder):
         with os.scandir(place) as found:
             for file in found:
-                if file.name.endswith(".yaml"):
+                if file.name.endswith("yaml"):  # `_default_template_yaml` and its like are included
                     status = file.stat()
                     files.append((file.path, status.st_size, status.st_mtime_ns))
     return hashlib.sha256(repr(sorted(files)).encode()).hexdigest()

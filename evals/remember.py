@@ -24,7 +24,10 @@ def remember(task: Any) -> None:
 
 @contextmanager
 def compiled_once() -> Iterator[None]:
-    """Within this block lm-eval compiles every template once, and not again for each item: most of what prompts cost."""
+    """Within this block lm-eval compiles every template once, and not again for each item: most of what prompts cost.
+
+    It changes lm-eval's environment for the block: not for several threads at once.
+    """
     from lm_eval.utils import env
 
     compiled: Any = env.from_string

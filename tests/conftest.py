@@ -92,7 +92,7 @@ class Pico:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache for what shoal keeps, unless the caller names one: built once for all workers, and not the user's."""
     with pytest.MonkeyPatch.context() as patch:
         if "SHOAL_CACHE" not in os.environ:

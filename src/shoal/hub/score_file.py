@@ -7,7 +7,7 @@ million times must not become gigabytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from shoal.types import ROLES, Role
 COMPARED: tuple[Role, ...] = ("select", "test")  # where a winner was scored by its metric, canonically merged
 MAX_ROWS = 200_000_000
 MAX_BYTES = 16 << 30  # of all columns, written out
-MAX_VALUES = 1 << 28  # log-likelihoods
+MAX_VALUES = 1 << 27  # log-likelihoods of all candidates
+MAX_CHOSEN = 1 << 22  # log-likelihoods of the winner
 MAX_TEXT = 1 << 20  # bytes of the metrics of one item
-MAX_TEXTS = 1 << 30  # bytes of all different metrics of a batch
+MAX_TEXTS = 1 << 28  # bytes of the winner's metrics, each as often as it is named
 _BATCH = 1 << 16  # rows
 # name -> whether it is text
 _COLUMNS: Mapping[str, bool] = {
@@ -60,11 +61,14 @@ def read_scores(folder: Path, lock: PublishedLock, where: str = "") -> Rows:
     metrics = {task.task: task.metric for task in lock.run.tasks}
     items = {(task.task, role): set(task.roles[role].items) for task in lock.run.tasks for role in ROLES}
     most = sum(len(items[task, role]) for task in metrics for role in COMPARED)
-    for row in _rows(path, name, lock.winner.id, most):
+    for row in _rows(path, name, lock.winner.id, list(metrics), most):
         task, role, item = row["task"], row["role"], row["item"]
-        if item not in items.get((task, role), ()):
+        if item not in items[task, role]:
             raise PublishError(f"{name}: item {item!r} of {task!r} ({role}) is none of the lock's")
-        found.setdefault((task, role), {})[item] = _published(row, metrics[task], name)
+        rows = found.setdefault((task, role), {})
+        if item in rows:
+            raise PublishError(f"{name}: item {item!r} of {task!r} ({role}) has two scores of the winner")
+        rows[item] = _published(row, metrics[task], name)
     missing = [task for task in metrics if items[task, "test"] - found.get((task, "test"), {}).keys()]
     if missing:
         raise PublishError(
@@ -73,30 +77,36 @@ def read_scores(folder: Path, lock: PublishedLock, where: str = "") -> Rows:
     return found
 
 
-def _rows(path: Path, name: str, winner: str, most: int) -> list[dict[str, Any]]:
-    """The winner's rows, which are at most as many as the lock has items."""
+def _rows(path: Path, name: str, winner: str, tasks: list[str], most: int) -> Iterator[dict[str, Any]]:
+    """The winner's rows of these tasks, which are at most as many as the lock has items."""
     import pyarrow
     import pyarrow.parquet
 
     texts = [column for column, text in _COLUMNS.items() if text]
-    rows: list[dict[str, Any]] = []
+    wanted: dict[str, list[str]] = {"candidate": [winner], "role": [*COMPARED], "task": tasks}
+    count = values = size = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_form(file, name)
         with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             for batch in file.iter_batches(batch_size=_BATCH, columns=list(_COLUMNS)):
-                chosen = _chosen(batch, winner)
-                if len(rows) + len(chosen) > most:
+                chosen = _chosen(batch, wanted, name)
+                count += len(chosen)
+                values += _values(chosen)
+                size += _text(chosen, name)
+                if count > most:
                     raise PublishError(
                         f"{name}: more scores of the winner than the {most:,} items of the lock"
                     )
-                if len(chosen):
-                    _check_texts(chosen.column("metrics").dictionary, name)
-                    rows += chosen.to_pylist()
+                if values > MAX_CHOSEN or size > MAX_TEXTS:
+                    raise PublishError(
+                        f"{name}: {values:,} log-likelihoods and {size:,} bytes of metrics of the winner; more than any"
+                        " run has"
+                    )
+                yield from chosen.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PublishError(f"{name}: not parquet that can be read: {said}") from None
-    return rows
+        raise PublishError(f"{name}: not parquet that can be read: {said[:200]!r}") from None
 
 
 def _check_form(file: Any, name: str) -> None:
@@ -119,37 +129,48 @@ def _check_form(file: Any, name: str) -> None:
             else pyarrow.list_(pyarrow.float64())
         )
         if kind != expected:
-            raise PublishError(f"{name}: column {column} is of type {kind}")
+            raise PublishError(f"{name}: column {column} is not of type {expected}")
     chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
     values = sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.startswith("logliks."))
     if values > MAX_VALUES:
         raise PublishError(f"{name}: {values:,} log-likelihoods; more than any run has")
 
 
-def _chosen(batch: Any, winner: str) -> Any:
-    """The rows of the winner in the roles that are compared."""
+def _chosen(batch: Any, wanted: Mapping[str, list[str]], name: str) -> Any:
+    """The rows that have one of the wanted texts in each of these columns; another task of the winner's is an error."""
     import pyarrow
     import pyarrow.compute
 
-    def among(column: str, values: list[str]) -> Any:
+    def among(column: str) -> Any:
         array = batch.column(column)
-        wanted = pyarrow.compute.is_in(array.dictionary, value_set=pyarrow.array(values))
-        return pyarrow.compute.fill_null(pyarrow.compute.take(wanted, array.indices), False)
+        known = pyarrow.compute.is_in(array.dictionary, value_set=pyarrow.array(wanted[column]))
+        return pyarrow.compute.fill_null(pyarrow.compute.take(known, array.indices), False)
 
-    mine = pyarrow.compute.and_(among("candidate", [winner]), among("role", list(COMPARED)))
-    return batch.filter(mine)
+    mine = pyarrow.compute.and_(among("candidate"), among("role"))
+    both = pyarrow.compute.and_(mine, among("task"))
+    if pyarrow.compute.sum(both).as_py() != pyarrow.compute.sum(mine).as_py():
+        raise PublishError(f"{name}: scores of the winner on a task that is none of the lock's")
+    return batch.filter(both)
 
 
-def _check_texts(dictionary: Any, name: str) -> None:
+def _values(chosen: Any) -> int:
+    """How many log-likelihoods the rows have."""
     import pyarrow.compute
 
-    lengths = pyarrow.compute.binary_length(dictionary)
-    longest = pyarrow.compute.max(lengths).as_py() or 0
-    total: int = pyarrow.compute.sum(lengths).as_py() or 0
-    if longest > MAX_TEXT or total > MAX_TEXTS:
-        raise PublishError(
-            f"{name}: column metrics has {longest:,} bytes in one text, {total:,} in all; more than any run has"
-        )
+    lengths = pyarrow.compute.list_value_length(chosen.column("logliks"))
+    return int(pyarrow.compute.sum(lengths).as_py() or 0)
+
+
+def _text(chosen: Any, name: str) -> int:
+    """How many bytes the rows' metrics have, each as often as it is named."""
+    import pyarrow.compute
+
+    array = chosen.column("metrics")
+    lengths = pyarrow.compute.take(pyarrow.compute.binary_length(array.dictionary), array.indices)
+    longest = int(pyarrow.compute.max(lengths).as_py() or 0)
+    if longest > MAX_TEXT:
+        raise PublishError(f"{name}: {longest:,} bytes of metrics on one item; more than any run has")
+    return int(pyarrow.compute.sum(lengths.cast("int64")).as_py() or 0)
 
 
 def _published(row: Mapping[str, Any], metric: str, name: str) -> Published:
