@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.cache import cache_folder
+from shoal.lock import write_bytes
 
 FORMAT = 1  # of the kept file
 
@@ -63,7 +63,8 @@ def _own(folder: Path, build: Any) -> dict[str, Any]:
     with suppress(OSError, ValueError, TypeError):  # a cache that cannot be written costs time only
         text = json.dumps({"format": FORMAT, "state": state, "entries": entries})
         if json.loads(text)["entries"] == entries:  # nothing in it that JSON has no word for
-            _write(file, gzip.compress(text.encode(), 5))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(file, gzip.compress(text.encode(), 5))
     return index
 
 
@@ -83,16 +84,3 @@ def _state(folder: Path) -> str:
                     status = file.stat()
                     files.append((file.path, status.st_size, status.st_mtime_ns))
     return hashlib.sha256(repr(sorted(files)).encode()).hexdigest()
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Whole or not at all, whoever else writes it at the same time."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(content)
-        Path(temporary).replace(file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
